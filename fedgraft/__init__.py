@@ -1,0 +1,1 @@
+"""Personalised federated fine-tuning of Mixture-of-Experts language models, simulated on Ray."""

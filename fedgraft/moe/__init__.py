@@ -1,0 +1,1 @@
+"""A Mixture-of-Experts model as data: families, routing, adapters, grafts, the shared base."""

@@ -1,0 +1,172 @@
+"""One base, many clients: the frozen base lies once per node as a safetensors file, and every replica memory-maps it.
+
+On disk most families keep one 2-D tensor per expert; in memory transformers holds fused 3-D ones. So the loaded state
+dict is written once in the model's own layout, in a cache folder named by a hash of the checkpoint's files, the dtype and
+the package versions. Mapping is private: pages are shared, an accidental write in place stays in its process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from fedgraft.errors import ModelError
+from fedgraft.moe.families import family_of, model_facts
+from fedgraft.types import ModelFacts
+
+__all__ = ["cache_base", "facts_of", "fingerprint_folder", "load_tokenizer", "num_parameters", "open_base"]
+
+_WEIGHTS = "model.safetensors"
+_DONE = "base.json"
+
+
+def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool = False) -> Path:
+    """Write a checkpoint once in the layout that replicas map, or find it written.
+
+    Args:
+        model: A local Hugging Face folder, or a hub name (downloaded by transformers).
+        dtype: ``float32`` or ``bfloat16``.
+        cache: Folder that holds all bases of this node.
+        trusts_remote_code: Whether Python code in the model's folder may run.
+
+    Returns:
+        The base's folder: weights, config, tokenizer.
+
+    Raises:
+        ModelError: The checkpoint is missing, truncated, of an unknown family, or has no experts.
+    """
+    source = Path(model)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model {model!r} cannot be read: {_first_line(error)}",
+            "name a local Hugging Face folder (config.json, *.safetensors, tokenizer) or a hub name that you can reach",
+        ) from error
+    family_of(config)
+    model_facts(config)
+    identity = fingerprint_folder(source) if source.is_dir() else f"hub:{model}@{getattr(config, '_commit_hash', None)}"
+    versions = f"{transformers.__version__}|{torch.__version__}|{safetensors.__version__}"
+    digest = hashlib.sha256(f"{identity}|{dtype}|{versions}|2".encode()).hexdigest()[:16]
+    folder = cache / f"{family_of(config).model_type}-{digest}"
+    if (folder / _DONE).is_file():
+        return folder
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), trust_remote_code=trusts_remote_code
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"model {model!r} cannot be loaded: {_first_line(error)}",
+            "a shard may be missing or truncated: fetch the folder again",
+        ) from error
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".writing-") as scratch:
+        target = Path(scratch) / "base"
+        target.mkdir()
+        loaded.config.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        save_file(_untied_state(loaded), target / _WEIGHTS)
+        (target / _DONE).write_text(json.dumps({"model": model, "dtype": dtype, "identity": identity}, indent=1))
+        try:
+            os.replace(target, folder)
+        except OSError:
+            # Another process of this node was quicker; what it wrote has the same hash.
+            if not (folder / _DONE).is_file():
+                raise
+    return folder
+
+
+def open_base(folder: Path, device: str = "cpu") -> nn.Module:
+    """Build the model over the mapped weights, frozen and in eval mode; no copy is made on a CPU.
+
+    Raises:
+        ModelError: A weight is missing from the file.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    weights = load_file(folder / _WEIGHTS, device=device)
+    dtype = next(iter(weights.values())).dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
+    model.tie_weights()
+    lost = [name for name in missing if model.get_parameter(name).is_meta]
+    if lost:
+        raise ModelError(f"base {folder} lacks {', '.join(lost[:3])}", "delete this folder; it is written again")
+    _rebuild_meta_buffers(model, config, device)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base; one without a padding token pads with its end token."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def facts_of(model: str, *, trusts_remote_code: bool = False) -> ModelFacts:
+    """Read a model's sizes from its config alone; see ``cache_base`` for ``model`` and errors."""
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {model!r} cannot be read: {_first_line(error)}", "name a local folder or a hub name") from error
+    return model_facts(config)
+
+
+def num_parameters(model: str, *, trusts_remote_code: bool = False) -> int:
+    """Count a model's parameters from its config alone, tied ones once."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    built.tie_weights()
+    return sum(parameter.numel() for parameter in built.parameters())
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """SHA-256 over names and contents of a checkpoint's configuration, tokenizer and weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}:
+            digest.update(path.name.encode())
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict with every storage once: safetensors refuses tied tensors, and tying is redone on opening."""
+    seen: set[int] = set()
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor.contiguous()
+    return state
+
+
+def _rebuild_meta_buffers(model: nn.Module, config: Any, device: str) -> None:
+    """Rotary tables are not in the state dict, so they are still on the meta device: build those modules again."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            parent, _, child = name.rpartition(".")
+            rebuilt = type(module)(config=config).to(device)
+            setattr(model.get_submodule(parent), child, rebuilt)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

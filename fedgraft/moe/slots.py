@@ -1,0 +1,242 @@
+"""A model with slots: LoRA, grafts, and parts trained in full, and the list of every tensor that may be exchanged.
+
+Names come from the model after the slots are in it, never from a guess: PEFT nests its wrappers of fused experts in an
+order that depends on the targets. A fused tensor is listed once per expert, so that every expert has keys of its own.
+
+Shape letters: D model, F expert hidden, E experts, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from fedgraft.errors import ModelError
+from fedgraft.moe.families import MoELayer, family_of, model_facts, moe_layers
+from fedgraft.moe.graft import GRAFT, attach_grafts
+from fedgraft.seeding import derive_seed
+from fedgraft.types import AdapterSpec, ModelFacts, ParamRef, Params, Slots
+
+__all__ = ["add_slots", "count_slot_elements", "frozen_names", "initial_params"]
+
+_PARTS = ("attention", "router", "experts")
+
+
+def add_slots(model: nn.Module, slots: Slots) -> tuple[ParamRef, ...]:
+    """Build a method's slots into a model, in place, and list them.
+
+    The base's own tensors stay frozen and stay where they are (e.g. in a file's memory map), but for the parts in
+    ``slots.full``, which become private copies.
+
+    Args:
+        model: An untouched HF causal LM of a known family.
+        slots: What to add.
+
+    Returns:
+        One reference a slot, in the model's parameter order, fused experts in expert order.
+
+    Raises:
+        ModelError: A target names no part, or matches nothing in this model.
+    """
+    model.requires_grad_(False)
+    layers = moe_layers(model)
+    for part in slots.full:
+        _check_part(part)
+        for parameter in _full_parameters(model, layers, part):
+            parameter.data = parameter.data.clone()
+            parameter.requires_grad_(True)
+    if slots.graft is not None:
+        attach_grafts(model, slots.graft)
+    for adapter in slots.adapters:
+        _add_adapter(model, layers, adapter)
+    names = tuple(adapter.name for adapter in slots.adapters)
+    if names:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_adapter([name for name in names if name in module.lora_A])
+    # set_adapter flips requires_grad; a slot is trainable, everything else is not, whatever PEFT thinks.
+    refs = tuple(_references(model, layers, slots))
+    slot_names = {ref.name for ref in refs}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in slot_names)
+    return refs
+
+
+def initial_params(model: nn.Module, refs: tuple[ParamRef, ...], run_seed: int) -> Params:
+    """Give the start value of every slot: a function of the run's seed and the model only.
+
+    LoRA A is uniform in +-1/sqrt(in features) (Kaiming with a = sqrt(5), as PEFT does), B is zero, so the model starts as
+    the base; grafts and full parts start as they are in the model.
+    """
+    parameters = dict(model.named_parameters())
+    start: Params = {}
+    for ref in refs:
+        value = ref.view(parameters[ref.name].detach()).clone()
+        if ".lora_A." in ref.name:
+            generator = torch.Generator().manual_seed(derive_seed(run_seed, f"initial/{ref.key}"))
+            bound = 1 / math.sqrt(value.shape[-1])
+            value = (torch.rand(value.shape, generator=generator) * 2 - 1).mul_(bound).to(value.dtype)
+        start[ref.key] = value.cpu()
+    return start
+
+
+def frozen_names(model: nn.Module, refs: tuple[ParamRef, ...]) -> tuple[str, ...]:
+    """Names of the parameters that are no slot, in the model's order."""
+    slots = {ref.name for ref in refs}
+    return tuple(name for name, _ in model.named_parameters() if name not in slots)
+
+
+def count_slot_elements(facts: ModelFacts, slots: Slots) -> dict[str, int]:
+    """Count the values of a method's slots by part, from sizes alone, before any model is loaded.
+
+    Returns:
+        Values in ``attention``, ``router``, ``experts`` (adapters and full parts together), ``graft`` and ``graft_gate``.
+    """
+    hidden, expert, num_moe = facts.hidden_size, facts.expert_size, len(facts.layers)
+    count = dict.fromkeys((*_PARTS, "graft", "graft_gate"), 0)
+    sides = {
+        "attention": facts.num_layers
+        * (2 * (hidden + facts.attention_size) + 2 * (hidden + facts.num_key_value_features)),
+        "router": num_moe * (hidden + facts.num_experts),
+        "experts": num_moe * facts.num_experts * ((hidden + 2 * expert) + (expert + hidden)),
+    }
+    weights = {
+        "attention": facts.num_layers * 2 * hidden * (facts.attention_size + facts.num_key_value_features),
+        "router": num_moe * hidden * facts.num_experts,
+        "experts": num_moe * facts.num_experts * 3 * hidden * expert,
+    }
+    for adapter in slots.adapters:
+        for target in adapter.targets:
+            count[target] += adapter.rank * sides[target]
+    for part in slots.full:
+        count[part] += weights[part]
+    if slots.graft is not None:
+        graft = slots.graft
+        count["graft"] = len(graft.layers) * graft.num_grafts * 3 * hidden * graft.num_neurons
+        count["graft_gate"] = len(graft.layers) * graft.num_grafts * (hidden + 1)
+    return count
+
+
+def _check_part(part: str) -> None:
+    if part not in _PARTS:
+        raise ModelError(f"no part of a model is called {part!r}", f"known parts: {', '.join(_PARTS)}")
+
+
+def _add_adapter(model: nn.Module, layers: tuple[MoELayer, ...], adapter: AdapterSpec) -> None:
+    """Inject one LoRA with PEFT. Modules and parameters are given by their full names, so nothing else can match."""
+    family = family_of(model.config)
+    modules: list[str] = []
+    parameters: list[str] = []
+    for target in adapter.targets:
+        _check_part(target)
+        if target == "attention":
+            known = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
+            for index in range(int(model.config.num_hidden_layers)):  # type: ignore[union-attr, arg-type]
+                paths = [f"model.layers.{index}.{name}" for name in family.attention]
+                modules += [path for path in paths if path in known]
+        elif target == "router":
+            parameters += [f"{layer.block_path}.{family.router}.weight" for layer in layers]
+        else:
+            stem = [f"{layer.block_path}.{family.experts}" for layer in layers]
+            parameters += [f"{path}.{name}" for path in stem for name in ("gate_up_proj", "down_proj")]
+    if not modules and not parameters:
+        raise ModelError(
+            f"LoRA targets {', '.join(adapter.targets)} match nothing in this {family.model_type} model",
+            f"its attention modules are expected under {', '.join(family.attention)}",
+        )
+    if parameters and adapter.dropout > 0:
+        raise ModelError(
+            f"adapter {adapter.name!r} has dropout {adapter.dropout} on router or experts",
+            "PEFT cannot apply dropout to fused parameters: set dropout to 0",
+        )
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+    )
+    with warnings.catch_warnings():
+        # PEFT warns of a second adapter on one model; here that is what a shared beside a personal LoRA is.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, adapter_name=adapter.name)
+
+
+def _full_parameters(model: nn.Module, layers: tuple[MoELayer, ...], part: str) -> Iterator[nn.Parameter]:
+    family = family_of(model.config)
+    if part == "attention":
+        for index in range(int(model.config.num_hidden_layers)):  # type: ignore[union-attr, arg-type]
+            for name in family.attention:
+                yield from model.get_submodule(f"model.layers.{index}.{name}").parameters()
+        return
+    for layer in layers:
+        yield from (layer.router if part == "router" else layer.experts).parameters()
+
+
+def _references(model: nn.Module, layers: tuple[MoELayer, ...], slots: Slots) -> Iterator[ParamRef]:
+    """List the slots; a fused expert tensor gives one reference an expert."""
+    family = family_of(model.config)
+    num_experts = model_facts(model.config).num_experts
+    adapters = {adapter.name: adapter for adapter in slots.adapters}
+    by_prefix = {f"{layer.block_path}.": layer for layer in layers}
+    for name, parameter in model.named_parameters():
+        layer = next((found for prefix, found in by_prefix.items() if name.startswith(prefix)), None)
+        part = _part_of(name, layer, family.attention)
+        adapter = next((a for a in adapters if f".lora_A.{a}." in name or f".lora_B.{a}." in name), None)
+        if adapter is None and part not in ("graft", "graft_gate") and part not in slots.full:
+            continue
+        index = layer.index if layer is not None else None
+        shape = tuple(parameter.shape)
+        if part != "experts":
+            yield ParamRef(key=name, name=name, part=part, shape=shape, adapter=adapter, layer=index)
+            continue
+        for expert in range(num_experts):
+            dim, start, stop, step = _expert_slice(name, shape, expert, num_experts)
+            size = len(range(start, stop, step))
+            yield ParamRef(
+                key=f"{name}[{expert}]",
+                name=name,
+                part=part,
+                shape=(*shape[:dim], size, *shape[dim + 1 :]),
+                adapter=adapter,
+                layer=index,
+                expert=expert,
+                dim=dim,
+                start=start,
+                stop=stop,
+                step=step,
+            )
+
+
+def _part_of(name: str, layer: MoELayer | None, attention: tuple[str, ...]) -> str:
+    if layer is not None:
+        below = name[len(layer.block_path) + 1 :]
+        if below.startswith(f"{GRAFT}.gate_weight") or below.startswith(f"{GRAFT}.gate_bias"):
+            return "graft_gate"
+        if below.startswith(f"{GRAFT}."):
+            return "graft"
+        for part, attribute in (("router", layer.family.router), ("experts", layer.family.experts)):
+            if below.startswith(f"{attribute}."):
+                return part
+        return "shared_expert" if layer.family.shared_expert and below.startswith(layer.family.shared_expert) else "other"
+    plain = name.replace(".base_layer", "")
+    return "attention" if any(f".{module}." in plain for module in attention) else "other"
+
+
+def _expert_slice(name: str, shape: tuple[int, ...], expert: int, num_experts: int) -> tuple[int, int, int, int]:
+    """Where expert e lies in a fused tensor, as (dim, start, stop, step).
+
+    PEFT's A over fused experts is (E * R, in), expert by expert; its B is (out, R * E) with the experts innermost.
+    """
+    if ".lora_A." in name:
+        rank = shape[0] // num_experts
+        return 0, expert * rank, (expert + 1) * rank, 1
+    if ".lora_B." in name:
+        return 1, expert, shape[1], num_experts
+    return 0, expert, expert + 1, 1

@@ -1,0 +1,1 @@
+"""One run from start to finish: configuration, rounds, evaluation, checkpoints, tracking, the report."""

@@ -1,0 +1,314 @@
+"""The seams: what a method, an engine and a client's session promise each other.
+
+There is one plug-in interface, ``Method``: both halves of a published method in one class, server hooks and client hooks.
+Every hook has a default, so a method writes only what it changes; with no hook changed it is FedAvg.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from fedgraft.types import (
+    SHARED,
+    AdapterSpec,
+    Batch,
+    ClientTask,
+    ClientUpdate,
+    EvaluationTask,
+    Group,
+    ModelFacts,
+    ParamRef,
+    Params,
+    RoundPlan,
+    ServerState,
+    Slots,
+    Weighted,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "Engine",
+    "Method",
+    "MethodConfig",
+    "Reduced",
+    "Session",
+    "TrainResult",
+    "TrainSpec",
+    "Weights",
+]
+
+
+class AdapterConfig(BaseModel):
+    """LoRA of a method: rank >= 1, scaled by alpha / rank, dropout in [0, 1) on its input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def spec(self, name: str, *targets: str) -> AdapterSpec:
+        """Give the slot of this LoRA under ``name`` over the parts ``targets``."""
+        return AdapterSpec(name=name, rank=self.rank, alpha=self.alpha, dropout=self.dropout, targets=targets)
+
+
+class MethodConfig(BaseModel):
+    """Options of a method; each method has its own subclass beside it. ``name`` picks the method."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSpec:
+    """Plain numbers of one local training.
+
+    ``lr_scale`` multiplies the learning rate by key (missing: 1); ``max_grad_norm`` clips the norm over all trained
+    tensors (``None``: no clipping).
+    """
+
+    learning_rate: float
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    lr_scale: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What a local training did.
+
+    ``losses`` are the mean loss of each step, nats a label token; ``expert_tokens`` (L, E) int64 the tokens routed to each
+    expert; ``optimizer_state`` the moments of the keys that were asked for.
+    """
+
+    losses: tuple[float, ...]
+    num_examples: int
+    num_label_tokens: int
+    expert_tokens: torch.Tensor
+    optimizer_state: Params = field(default_factory=dict)
+
+
+Terms: TypeAlias = Callable[[Batch, Any], Mapping[str, torch.Tensor]]
+
+
+class Engine(Protocol):
+    """A model with slots on some device: tensors are loaded into it, trained, and read back.
+
+    ``refs`` lists every slot; ``initial`` its start values, which depend on the run's seed only. ``model`` is the HF model
+    for forward passes; ``facts`` its sizes.
+    """
+
+    model: nn.Module
+    facts: ModelFacts
+    refs: tuple[ParamRef, ...]
+    initial: Params
+
+    def load(self, params: Params) -> None:
+        """Copy tensors into the slots of these keys.
+
+        Raises:
+            UpdateError: A key is unknown, or a shape differs.
+        """
+
+    def read(self, keys: Iterable[str]) -> Params:
+        """Copy the tensors of these keys out, float32 or wider, on the CPU."""
+
+    def train(
+        self,
+        batches: Iterable[Batch],
+        spec: TrainSpec,
+        keys: Sequence[str],
+        *,
+        seed: int,
+        terms: Terms | None = None,
+        after_backward: Callable[[int], None] | None = None,
+        optimizer_state: Params | None = None,
+        keep_optimizer_state: Sequence[str] = (),
+    ) -> TrainResult:
+        """Train the slots of ``keys`` (all others stay as they are), one step a batch, from fresh optimiser moments.
+
+        Args:
+            batches: One batch a step.
+            spec: Optimiser and its numbers.
+            keys: Slots to train.
+            seed: For dropout.
+            terms: Gives extra loss terms by name from the batch and the model's output.
+            after_backward: Called with the step, from 0, between backward and clipping; may change ``.grad``.
+            optimizer_state: Moments to start from, as ``keep_optimizer_state`` gave them.
+            keep_optimizer_state: Keys whose moments the result carries.
+
+        Raises:
+            UpdateError: The loss of a step is not finite.
+        """
+
+    def frozen_hash(self) -> str:
+        """SHA-256 over name, shape and bytes of every tensor of the model that is no slot."""
+
+
+class Session(Protocol):
+    """One client on one replica for one task: what the client's hooks work on.
+
+    ``private`` is its private state by key: the slots of group private, and whatever else the method keeps there; hooks may
+    change it, the platform stores it.
+    """
+
+    engine: Engine
+    task: ClientTask | EvaluationTask
+    private: Params
+    received: Params
+    received_extras: Params
+    groups: Mapping[str, Group]
+    spec: TrainSpec
+
+    @property
+    def num_train_examples(self) -> int:
+        """Examples in this client's training split."""
+
+    def seed(self, purpose: str) -> int:
+        """A seed for this purpose, client and round."""
+
+    def train_batches(self) -> Iterable[Batch]:
+        """The batches of this round's local steps, as many as the plan says, in the order that the seed gives."""
+
+    def calibration_batches(self, num_examples: int) -> list[Batch]:
+        """At most ``num_examples`` of the client's training examples, the same ones in every round."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Weight of each client's tensors in the sum, in cohort order.
+
+    ``default`` holds one weight a client, >= 0; ``by_key`` replaces it for single keys. A key's mean is over the clients
+    that sent it with a weight above 0; where there are none the server keeps its value.
+    """
+
+    default: tuple[float, ...]
+    by_key: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def of(self, key: str) -> tuple[float, ...]:
+        """The weights of one key, in cohort order."""
+        return self.by_key.get(key, self.default)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduced:
+    """What the tree gives: weighted means by key, in float64, of the keys that somebody contributed to."""
+
+    delta: Params
+    extras: Params
+    num_contributors: Mapping[str, int]
+
+
+class Method(ABC):
+    """A federated method: what each tensor is, what a round is, what a client does, how replies become a new state.
+
+    Class attributes describe it for ``fedgraft methods``: ``name``, ``title``, ``paper`` (authors, year, identifier),
+    ``summary`` (one line), ``reconstructed`` (what is ours where the source is silent; empty if nothing is).
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    reconstructed: ClassVar[str] = ""
+    config_class: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+
+    # What the model is built with, and what each of its slots is.
+
+    def slots(self, facts: ModelFacts) -> Slots:
+        """Say what a replica's model is built with."""
+        return Slots()
+
+    def group(self, ref: ParamRef) -> Group:
+        """Say which group a slot belongs to; ``frozen`` slots are neither trained nor sent."""
+        return SHARED
+
+    def lr_scale(self, ref: ParamRef) -> float:
+        """Multiply the learning rate for a slot, > 0."""
+        return 1.0
+
+    # The server's half.
+
+    def num_rounds(self, configured: int) -> int:
+        """How many rounds this method runs; fewer than configured only where rounds mean nothing to it."""
+        return configured
+
+    def init(self, params: Params, num_clients: int) -> ServerState:
+        """Make the state before round 1 from the start values of all slots that may be sent."""
+        return ServerState(params=params)
+
+    def plan(self, state: ServerState, default: RoundPlan) -> RoundPlan:
+        """Change the round's phase, steps or learning rate."""
+        return default
+
+    def select(self, state: ServerState, plan: RoundPlan, cohort: tuple[int, ...]) -> tuple[int, ...]:
+        """Change the cohort that the configured sampler drew."""
+        return cohort
+
+    def task(self, state: ServerState, task: ClientTask) -> ClientTask:
+        """Change what one client is sent and asked: keys, assignment, extras. By default it gets every parameter."""
+        return task
+
+    def weigh(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Weights:
+        """Turn the clients' small statistics into weights; by default the number of training examples."""
+        return Weights(default=tuple(float(update.num_examples) for update in updates))
+
+    def aggregate(self, state: ServerState, reduced: Reduced, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Make the next state; by default the server adds the mean delta."""
+        return replace(state, params=add_delta(state.params, reduced.delta))
+
+    # The client's half.
+
+    def setup(self, session: Session) -> None:
+        """Give a client its private state, once, before its first round; ``session.private`` holds the start values.
+
+        The engine then holds the untouched base model.
+        """
+
+    def terms(self, session: Session, batch: Batch, output: Any) -> Mapping[str, torch.Tensor]:
+        """Extra loss terms by name; added to the response-only cross-entropy."""
+        return {}
+
+    def after_backward(self, session: Session, step: int) -> None:
+        """Change gradients between backward and clipping."""
+
+    def local(self, session: Session, train: Callable[[], TrainResult]) -> TrainResult:
+        """Train locally; ``train()`` runs the standard loop."""
+        return train()
+
+    def reply(self, session: Session, update: ClientUpdate) -> tuple[ClientUpdate, Params]:
+        """Add statistics and diagnostics to the small half of the reply, and give the extras to send beside the delta."""
+        return update, {}
+
+    def observe(self, session: Session) -> Mapping[str, object]:
+        """JSON values about a personal model, taken when it is evaluated (e.g. how far the graft gate opens)."""
+        return {}
+
+
+def add_delta(params: Params, delta: Params) -> Params:
+    """Add a mean delta to parameters: summed in float64, returned in each parameter's dtype; keys without delta stay."""
+    return {
+        key: (value.double() + delta[key].double()).to(value.dtype) if key in delta else value
+        for key, value in params.items()
+    }
+
+
+def merge_metrics(updates: Sequence[ClientUpdate]) -> dict[str, Weighted]:
+    """Sum the clients' metrics by name."""
+    merged: dict[str, Weighted] = {}
+    for update in updates:
+        for name, value in update.metrics.items():
+            merged[name] = merged[name] + value if name in merged else value
+    return merged

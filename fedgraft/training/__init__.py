@@ -1,0 +1,1 @@
+"""What a client does locally: data in batches, the step, the engines, evaluation."""

@@ -1,0 +1,1 @@
+"""Choosing hyper-parameters and comparing methods on the same footing."""

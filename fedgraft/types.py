@@ -1,0 +1,392 @@
+"""The messages and the small data types that all of fedgraft speaks in.
+
+Sign rule, stated once: ``delta = trained - initial``; the server adds it. Control variates have the sign of a gradient.
+Deltas travel in the dtype of the trained tensor (float32 or wider); sums over clients run in float64.
+Rounds count from 1; round 0 is the state before training. Clients count from 0.
+
+Shape letters: B batch, S sequence length, T tokens (= B * S), L MoE layers, E experts of a layer, K top-k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+import torch
+
+__all__ = [
+    "FROZEN",
+    "IGNORE_INDEX",
+    "PRIVATE",
+    "SHARED",
+    "AdapterSpec",
+    "Batch",
+    "Broadcast",
+    "Budget",
+    "ClientFailure",
+    "ClientOutcome",
+    "ClientTask",
+    "ClientUpdate",
+    "EvaluationReply",
+    "EvaluationRow",
+    "EvaluationTask",
+    "GraftSpec",
+    "Group",
+    "GroupKind",
+    "ModelFacts",
+    "ParamRef",
+    "Params",
+    "RoundPlan",
+    "ServerState",
+    "Slots",
+    "TensorInfo",
+    "Weighted",
+    "assigned",
+]
+
+Params: TypeAlias = dict[str, torch.Tensor]
+"""Tensors by key. A key names a whole parameter of the model, or one expert's slice of a fused one, or an extra."""
+
+IGNORE_INDEX = -100
+"""Label of a position that the loss does not count (prompt and padding), as in PyTorch's cross-entropy."""
+
+
+class GroupKind(StrEnum):
+    """Where a tensor may be: frozen and private ones are never sent; the platform enforces it, not the method."""
+
+    FROZEN = "frozen"
+    SHARED = "shared"
+    ASSIGNED = "assigned"
+    PRIVATE = "private"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """The parameter group of a tensor; ``assigned`` ones belong to one expert of one layer."""
+
+    kind: GroupKind
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether tensors of this group may leave the server or a client."""
+        return self.kind in (GroupKind.SHARED, GroupKind.ASSIGNED)
+
+    def __str__(self) -> str:
+        return f"assigned({self.layer}, {self.expert})" if self.kind is GroupKind.ASSIGNED else str(self.kind)
+
+
+FROZEN = Group(kind=GroupKind.FROZEN)
+SHARED = Group(kind=GroupKind.SHARED)
+PRIVATE = Group(kind=GroupKind.PRIVATE)
+
+
+def assigned(layer: int, expert: int) -> Group:
+    """Give the group of one expert: ``layer`` is the model's layer index, ``expert`` counts from 0."""
+    return Group(kind=GroupKind.ASSIGNED, layer=layer, expert=expert)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParamRef:
+    """One exchangeable tensor of a model: a whole parameter, or a strided slice of a fused one.
+
+    Transformers keeps the experts of a layer in one tensor, so expert e is a slice. ``key`` is what travels;
+    ``name`` is the parameter in ``model.named_parameters()``. ``part`` says what it is: ``attention``, ``router``,
+    ``experts``, ``shared_expert``, ``graft``, ``graft_gate`` or ``other``; ``adapter`` names its LoRA, if it is of one.
+    """
+
+    key: str
+    name: str
+    part: str
+    shape: tuple[int, ...]
+    adapter: str | None = None
+    layer: int | None = None
+    expert: int | None = None
+    dim: int | None = None
+    start: int = 0
+    stop: int = 0
+    step: int = 1
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Give the part of ``parameter`` that this reference stands for, as a view that can be written to."""
+        if self.dim is None:
+            return parameter
+        index = [slice(None)] * parameter.ndim
+        index[self.dim] = slice(self.start, self.stop, self.step)
+        return parameter[tuple(index)]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of values."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFacts:
+    """What a method may ask of a model before it is loaded: sizes only.
+
+    ``layers`` are the model's own indices of its MoE layers, ascending.
+    """
+
+    family: str
+    layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_size: int
+    norm_topk_prob: bool
+    attention_size: int
+    num_key_value_features: int
+    num_layers: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSpec:
+    """One LoRA over parts of the model: ``targets`` among ``attention``, ``router``, ``experts``.
+
+    Rank >= 1; the update is scaled by ``alpha / rank``; ``dropout`` in [0, 1) acts on the LoRA input.
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attention",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraftSpec:
+    """Grafted experts beside each MoE layer of ``layers``.
+
+    ``mode``: ``additive`` y = M(x) + sum_j g_j(x) P_j(x); ``convex`` y = (1 - sum_j g_j) M(x) + sum_j g_j P_j(x) with
+    g_j scaled by 1 / num_grafts; ``row`` one new router row a graft, softmax over N + num_grafts with the grafts always kept.
+    ``num_neurons`` is how many of an expert's neurons a graft has; ``gate_bias`` the initial bias b of
+    g(x) = sigmoid(w.x + b); ``is_gate_closed`` fixes g at exactly 0.
+    """
+
+    num_grafts: int
+    layers: tuple[int, ...]
+    num_neurons: int
+    mode: Literal["additive", "convex", "row"] = "additive"
+    gate_bias: float = -4.0
+    is_gate_closed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slots:
+    """What a replica's model is built with, once, for a method: adapters, grafts, and parts trained in full.
+
+    ``full`` names parts (``experts``, ``router``, ``attention``) whose own weights are copied out of the shared base
+    and trained.
+    """
+
+    adapters: tuple[AdapterSpec, ...] = ()
+    graft: GraftSpec | None = None
+    full: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Tokens of some examples, padded on the right.
+
+    ``input_ids`` (B, S) int64; ``attention_mask`` (B, S) int64 of 0 and 1; ``labels`` (B, S) int64 where everything but
+    the response is ``IGNORE_INDEX``. Labels are not shifted.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+    @property
+    def num_examples(self) -> int:
+        """Rows of the batch."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Positions that the loss counts, after the shift by one."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weighted:
+    """A sum with its weight, so that sums over batches, clients and replicas are always right."""
+
+    total: float
+    weight: float
+
+    def __add__(self, other: Weighted) -> Weighted:
+        return Weighted(total=self.total + other.total, weight=self.weight + other.weight)
+
+    @property
+    def mean(self) -> float:
+        """``total / weight``; NaN where nothing was counted."""
+        return self.total / self.weight if self.weight else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What one client may hold and spend: ``None`` is no limit. Experts per layer, bytes held, FLOPs a round."""
+
+    experts_per_layer: int | None = None
+    memory_bytes: int | None = None
+    flops: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Broadcast:
+    """What the server offers in a round, put once for all clients: parameters and extras by key."""
+
+    round_idx: int
+    params: Params
+    extras: Params = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundPlan:
+    """What a method wants of a round.
+
+    ``phase`` names it (``train`` unless the method has phases); ``num_steps`` are local steps a client; ``learning_rate``
+    is the plain number that schedules resolved to.
+    """
+
+    round_idx: int
+    num_steps: int
+    learning_rate: float
+    phase: str = "train"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientTask:
+    """One client's work in one round.
+
+    ``keys`` and ``extra_keys`` name what of the broadcast goes to this client, and are charged to its ledger;
+    ``extras`` are tensors for this client alone. ``assignment`` gives the experts it holds, by layer (``None``: all).
+    ``state_version`` is the round whose private state it starts from (``None``: it has none yet, and is set up first).
+    """
+
+    client_id: int
+    plan: RoundPlan
+    seed: int
+    keys: tuple[str, ...]
+    extra_keys: tuple[str, ...] = ()
+    extras: Params = field(default_factory=dict)
+    assignment: Mapping[int, tuple[int, ...]] | None = None
+    budget: Budget | None = None
+    state_version: int | None = None
+
+    @property
+    def round_idx(self) -> int:
+        """The round of the plan."""
+        return self.plan.round_idx
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """Key, shape, dtype and bytes of a tensor that a client sends, and its group."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    group: Group
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientUpdate:
+    """The small half of a client's reply; its tensors (delta and extras) stay where they are until they are summed.
+
+    ``expert_tokens`` (L, E) int64 counts the tokens that local training routed to each expert. ``statistics`` are the
+    small tensors a method weighs updates by. ``metrics`` are sums with weights. ``state_version`` is the round whose
+    private state this update wrote, ``None`` if the client has none. ``diagnostics`` are JSON values for the report.
+    """
+
+    client_id: int
+    round_idx: int
+    num_examples: int
+    num_steps: int
+    expert_tokens: torch.Tensor
+    metrics: Mapping[str, Weighted]
+    payload: tuple[TensorInfo, ...]
+    statistics: Params = field(default_factory=dict)
+    state_version: int | None = None
+    diagnostics: Mapping[str, object] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientFailure:
+    """A client that gave no update: the stage it failed at (``setup``, ``train``, ``reply``, ``replica``) and why."""
+
+    client_id: int
+    round_idx: int
+    stage: str
+    error: str
+
+
+ClientOutcome: TypeAlias = ClientUpdate | ClientFailure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationTask:
+    """Judge one model on one client's examples, or on the retention set.
+
+    ``view``: ``global`` (the server's parameters, private slots at their start) or ``personal`` (with the client's private
+    state). ``tasks`` among ``client``, ``retention``, ``choice``; ``client_id`` ``None`` stands for no client (global only).
+    ``split`` is ``validation`` or ``test`` of the client's examples.
+    """
+
+    round_idx: int
+    view: Literal["global", "personal"]
+    tasks: tuple[str, ...]
+    seed: int
+    keys: tuple[str, ...]
+    client_id: int | None = None
+    split: Literal["validation", "test"] = "test"
+    metrics: tuple[str, ...] = ("nll", "token_accuracy")
+    extra_keys: tuple[str, ...] = ()
+    extras: Params = field(default_factory=dict)
+    assignment: Mapping[int, tuple[int, ...]] | None = None
+    state_version: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRow:
+    """One metric of one model on one task: ``value.mean`` over ``value.weight`` tokens, examples or questions."""
+
+    round_idx: int
+    view: str
+    task: str
+    client_id: int | None
+    split: str
+    metric: str
+    value: Weighted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationReply:
+    """What an ``EvaluationTask`` gave: its rows and what the method noted (e.g. how far the graft gate opens)."""
+
+    rows: tuple[EvaluationRow, ...]
+    diagnostics: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerState:
+    """Everything of the server that a resume needs. What is not in here is lost.
+
+    ``params``: the global tensors that clients may receive. ``extras``: tensors beside them (control variates,
+    prototypes) that may be broadcast. ``memory``: tensors that stay on the server (optimiser moments, scores).
+    ``notes``: JSON values (maps, flags, counters).
+    """
+
+    params: Params
+    extras: Params = field(default_factory=dict)
+    memory: Params = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
