@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from fedgraft.types import (
@@ -30,6 +30,7 @@ from fedgraft.types import (
     ServerState,
     Slots,
     Weighted,
+    assigned,
 )
 
 __all__ = [
@@ -50,9 +51,9 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: int = Field(8, ge=1, le=4096, description="Rank.")
+    alpha: float = Field(16.0, gt=0, le=65_536, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the LoRA's input while training.")
 
     def spec(self, name: str, *targets: str) -> AdapterSpec:
         """Give the slot of this LoRA under ``name`` over the parts ``targets``."""
@@ -158,16 +159,17 @@ class Session(Protocol):
     """One client on one replica for one task: what the client's hooks work on.
 
     ``private`` is its private state by key: the slots of group private, and whatever else the method keeps there; hooks may
-    change it, the platform stores it.
+    change it, the platform stores it. ``diagnostics`` takes JSON values for the report, by kind. ``received`` and
+    ``received_extras`` are what the server sent for this task.
     """
 
     engine: Engine
     task: ClientTask | EvaluationTask
     private: Params
+    diagnostics: dict[str, Any]
     received: Params
     received_extras: Params
     groups: Mapping[str, Group]
-    spec: TrainSpec
 
     @property
     def num_train_examples(self) -> int:
@@ -181,6 +183,9 @@ class Session(Protocol):
 
     def calibration_batches(self, num_examples: int) -> list[Batch]:
         """At most ``num_examples`` of the client's training examples, the same ones in every round."""
+
+    def retention_batches(self, num_examples: int) -> list[Batch]:
+        """At most ``num_examples`` of the held-out general set; empty where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,12 +237,18 @@ class Method(ABC):
         return Slots()
 
     def group(self, ref: ParamRef) -> Group:
-        """Say which group a slot belongs to; ``frozen`` slots are neither trained nor sent."""
+        """Say which group a slot belongs to: by default its expert's, if it has one, else shared."""
+        if ref.expert is not None and ref.layer is not None:
+            return assigned(ref.layer, ref.expert)
         return SHARED
 
     def lr_scale(self, ref: ParamRef) -> float:
         """Multiply the learning rate for a slot, > 0."""
         return 1.0
+
+    def persists_moments(self, ref: ParamRef) -> bool:
+        """Whether the local optimiser's moments of a private slot are kept from round to round; by default none are."""
+        return False
 
     # The server's half.
 

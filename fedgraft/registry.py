@@ -102,5 +102,7 @@ def load_entry_points() -> None:
                 "mend or uninstall the package that declares it",
             ) from error
         if not (isinstance(loaded, type) and issubclass(loaded, Method)):
-            raise MethodError(f"entry point {entry.name!r} ({entry.value}) is not a fedgraft Method", "point it at the class")
+            raise MethodError(
+                f"entry point {entry.name!r} ({entry.value}) is not a fedgraft Method", "point it at the class"
+            )
         METHODS.add(loaded)

@@ -124,7 +124,9 @@ def facts_of(model: str, *, trusts_remote_code: bool = False) -> ModelFacts:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {model!r} cannot be read: {_first_line(error)}", "name a local folder or a hub name") from error
+        raise ModelError(
+            f"model {model!r} cannot be read: {_first_line(error)}", "name a local folder or a hub name"
+        ) from error
     return model_facts(config)
 
 

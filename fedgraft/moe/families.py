@@ -186,5 +186,7 @@ def _walk(model: nn.Module) -> Iterator[MoELayer]:
         path = f"model.layers.{index}"
         block = model.get_submodule(f"{path}.{family.block}")
         if not hasattr(block, family.experts):
-            raise ModelError(f"layer {index} of this {family.model_type} model has no experts", "check the model's config.json")
+            raise ModelError(
+                f"layer {index} of this {family.model_type} model has no experts", "check the model's config.json"
+            )
         yield MoELayer(index=index, path=path, family=family, block=block)

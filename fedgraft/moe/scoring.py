@@ -21,10 +21,18 @@ import torch
 from torch import nn
 
 from fedgraft.moe.families import MoELayer, moe_layers
-from fedgraft.moe.graft import without_grafts
+from fedgraft.moe.trace import visit_blocks
 from fedgraft.types import Batch
 
-__all__ = ["CRITERIA", "Criterion", "ExpertScores", "LayerScores", "neuron_contributions", "observe_experts", "pruned_output"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "ExpertScores",
+    "LayerScores",
+    "neuron_contributions",
+    "observe_experts",
+    "pruned_output",
+]
 
 Criterion = Literal["recon", "router_weighted_recon", "mean_weight_recon", "scale_free", "usage"]
 
@@ -116,27 +124,11 @@ def observe_experts(
     """
     layers = moe_layers(model)
     scores = ExpertScores(layers={layer.index: LayerScores.empty(_num_experts(layer)) for layer in layers})
-    mask: list[torch.Tensor] = []
-    handles = []
-    for layer in layers:
 
-        def hook(
-            block: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, layer: MoELayer = layer
-        ) -> None:
-            x_TD = args[0].reshape(-1, args[0].shape[-1])[mask[0]]
-            z_TD = output.reshape(-1, output.shape[-1])[mask[0]]
-            _accumulate(scores.layers[layer.index], layer, x_TD, z_TD, (kept or {}).get(layer.index, ()))
+    def visit(layer: MoELayer, x_TD: torch.Tensor, z_TD: torch.Tensor) -> None:
+        _accumulate(scores.layers[layer.index], layer, x_TD, z_TD, (kept or {}).get(layer.index, ()))
 
-        # A hook added with prepend sees the block's own output, before any graft's hook.
-        handles.append(layer.block.register_forward_hook(hook, prepend=True))
-    try:
-        with torch.inference_mode(), without_grafts(model):
-            for batch in batches:
-                mask[:] = [batch.attention_mask.reshape(-1).bool()]
-                model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)  # type: ignore[operator, union-attr]
-    finally:
-        for handle in handles:
-            handle.remove()
+    visit_blocks(model, batches, visit)
     return scores
 
 
@@ -146,36 +138,20 @@ def neuron_contributions(model: nn.Module, batches: Iterable[Batch]) -> dict[int
     Returns:
         By layer index (E, F) float64: E_x |a_n(x)| * ||down_proj[:, n]||, over all tokens but padding.
     """
-    layers = moe_layers(model)
     sums: dict[int, torch.Tensor] = {}
     counts: dict[int, int] = {}
-    mask: list[torch.Tensor] = []
-    handles = []
-    for layer in layers:
 
-        def hook(
-            block: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, layer: MoELayer = layer
-        ) -> None:
-            x_TD = args[0].reshape(-1, args[0].shape[-1])[mask[0]]
-            size = torch.stack(
-                [
-                    layer.expert_hidden(e, x_TD).abs().double().sum(dim=0)
-                    * layer.expert_weights(e)[1].double().norm(dim=0)
-                    for e in range(_num_experts(layer))
-                ]
-            )
-            sums[layer.index] = sums[layer.index] + size if layer.index in sums else size
-            counts[layer.index] = counts.get(layer.index, 0) + x_TD.shape[0]
+    def visit(layer: MoELayer, x_TD: torch.Tensor, z_TD: torch.Tensor) -> None:
+        size = torch.stack(
+            [
+                layer.expert_hidden(e, x_TD).abs().double().sum(dim=0) * layer.expert_weights(e)[1].double().norm(dim=0)
+                for e in range(_num_experts(layer))
+            ]
+        ).cpu()
+        sums[layer.index] = sums[layer.index] + size if layer.index in sums else size
+        counts[layer.index] = counts.get(layer.index, 0) + x_TD.shape[0]
 
-        handles.append(layer.block.register_forward_hook(hook, prepend=True))
-    try:
-        with torch.inference_mode(), without_grafts(model):
-            for batch in batches:
-                mask[:] = [batch.attention_mask.reshape(-1).bool()]
-                model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)  # type: ignore[operator, union-attr]
-    finally:
-        for handle in handles:
-            handle.remove()
+    visit_blocks(model, batches, visit)
     return {index: total / max(counts[index], 1) for index, total in sums.items()}
 
 

@@ -224,7 +224,9 @@ def _part_of(name: str, layer: MoELayer | None, attention: tuple[str, ...]) -> s
         for part, attribute in (("router", layer.family.router), ("experts", layer.family.experts)):
             if below.startswith(f"{attribute}."):
                 return part
-        return "shared_expert" if layer.family.shared_expert and below.startswith(layer.family.shared_expert) else "other"
+        return (
+            "shared_expert" if layer.family.shared_expert and below.startswith(layer.family.shared_expert) else "other"
+        )
     plain = name.replace(".base_layer", "")
     return "attention" if any(f".{module}." in plain for module in attention) else "other"
 

@@ -48,7 +48,9 @@ def response_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, StepOut
     counted = labels != IGNORE_INDEX
     logits_NV = model.lm_head(hidden_BSD[:, :-1][counted])  # type: ignore[operator]
     labels_N = labels[counted]
-    return F.cross_entropy(logits_NV.float(), labels_N), StepOutput(hidden=hidden_BSD, logits=logits_NV, labels=labels_N)
+    return F.cross_entropy(logits_NV.float(), labels_N), StepOutput(
+        hidden=hidden_BSD, logits=logits_NV, labels=labels_N
+    )
 
 
 class TorchEngine:

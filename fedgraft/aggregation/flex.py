@@ -1,0 +1,275 @@
+"""FLEx: personalised federated fine-tuning of MoE language models by expert grafting.
+
+arXiv 2506.00965 (v2, October 2025). Only non-expert weights are trained together and averaged; experts and routers stay
+frozen. Once, before its first round, each client copies in every MoE layer the pretrained expert that best reconstructs the
+layer's output on its own data, and trains the copy P and a graft gate g beside the frozen layer: y = M(x) + g(x) P(x). Copy
+and gate never leave the client.
+
+Stated by the paper's abstract and its reviewers: what is frozen, shared and private; one expert a layer by layer-wise
+reconstruction loss, greedily for more than one; joint training. Reconstructed here, because the paper's body was not available
+to us: the sigmoid form and the start (w = 0, b = -4) of the gate, the details of the loss (those of layer-wise expert pruning),
+the other scores and modes, ``graft_layer_fraction`` and ``graft_neuron_fraction``, and all hyper-parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from scipy.stats import spearmanr
+
+from fedgraft.moe.families import MoELayer, moe_layers
+from fedgraft.moe.graft import grafts_of
+from fedgraft.moe.scoring import Criterion, ExpertScores, neuron_contributions, observe_experts
+from fedgraft.moe.trace import visit_blocks
+from fedgraft.protocols import AdapterConfig, Method, MethodConfig, Session
+from fedgraft.registry import METHODS
+from fedgraft.types import PRIVATE, SHARED, Batch, GraftSpec, Group, ModelFacts, ParamRef, Slots
+
+__all__ = ["Flex", "FlexConfig"]
+
+
+class FlexConfig(MethodConfig):
+    """Options of FLEx."""
+
+    name: Literal["flex"] = "flex"
+    adapter: AdapterConfig = Field(AdapterConfig(), description="The averaged LoRA on attention.")
+    n_graft: int = Field(1, ge=1, le=8, description="Grafted experts in a layer.")
+    graft_layer_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of MoE layers that get a graft, lowest relative loss first; at least one."
+    )
+    graft_neuron_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of an expert's neurons that is grafted, largest contribution first."
+    )
+    score: Criterion | Literal["random"] = Field("recon", description="How the expert to graft is chosen.")
+    granularity: Literal["expert", "neuron"] = Field(
+        "expert", description="neuron: graft the layer's largest neurons, whichever expert they are in."
+    )
+    graft_init: Literal["copy", "random"] = Field("copy", description="random: a fresh expert of the same size.")
+    mode: Literal["additive", "convex", "row"] = Field("additive", description="How graft and layer are mixed.")
+    gate_bias: float = Field(-4.0, ge=-20, le=20, description="Start of the graft gate's bias; sigmoid(-4) = 0.018.")
+    gate_closed: bool = Field(False, description="Keep every graft gate at exactly 0: then this is FedAvg.")
+    graft_lr_scale: float = Field(1.0, gt=0, le=1000, description="The graft's learning rate over the shared one's.")
+    gate_lr_scale: float = Field(
+        1.0, gt=0, le=1000, description="The graft gate's learning rate over the shared one's."
+    )
+    persist_optimizer: bool = Field(False, description="Keep the optimiser's moments of graft and gate between rounds.")
+    share_gate: bool = Field(False, description="Ablation: average the graft gates over the clients.")
+    calibration_examples: int = Field(128, ge=1, le=65_536, description="Own training examples that choose the graft.")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        given = self.model_fields_set
+        if self.granularity == "neuron" and "score" in given:
+            raise ValueError("score has no effect with granularity: neuron, which ranks neurons; remove one of the two")
+        if self.granularity == "neuron" and self.graft_init == "random":
+            raise ValueError("granularity: neuron has no effect with graft_init: random")
+        if self.graft_init == "random" and "score" in given and self.graft_layer_fraction == 1:
+            raise ValueError("score has no effect with graft_init: random, which copies no expert")
+        if self.gate_closed and "gate_bias" in given:
+            raise ValueError("gate_bias has no effect with gate_closed: true")
+        if self.share_gate and (self.graft_layer_fraction < 1 or self.gate_closed):
+            raise ValueError(
+                "share_gate needs an open gate in every layer of every client: set graft_layer_fraction to 1"
+            )
+        return self
+
+
+@METHODS.add
+class Flex(Method):
+    """LoRA on attention is averaged; each client's grafts and graft gates stay with it."""
+
+    name = "flex"
+    title = "FLEx"
+    paper = "arXiv 2506.00965 (2025)"
+    summary = (
+        "average attention LoRA; each client grafts a trained copy of its best pretrained expert beside every MoE layer"
+    )
+    reconstructed = (
+        "gate form and start, details of the reconstruction loss, other scores and modes, layer and neuron fractions, "
+        "hyper-parameters (the paper's body was not available)"
+    )
+    config_class = FlexConfig
+    config: FlexConfig
+
+    def slots(self, facts: ModelFacts) -> Slots:
+        """The averaged LoRA, and grafts beside every MoE layer; layers that a client leaves out keep a closed gate."""
+        config = self.config
+        neurons = max(1, round(config.graft_neuron_fraction * facts.expert_size))
+        graft = GraftSpec(
+            num_grafts=config.n_graft,
+            layers=facts.layers,
+            num_neurons=neurons,
+            mode=config.mode,
+            gate_bias=config.gate_bias,
+            is_gate_closed=config.gate_closed,
+        )
+        return Slots(adapters=(config.adapter.spec("shared", "attention"),), graft=graft)
+
+    def group(self, ref: ParamRef) -> Group:
+        """Grafts and gates are private; only the LoRA is shared."""
+        if ref.part == "graft":
+            return PRIVATE
+        if ref.part == "graft_gate":
+            return SHARED if self.config.share_gate else PRIVATE
+        return SHARED
+
+    def lr_scale(self, ref: ParamRef) -> float:
+        """Graft and gate may learn at rates of their own."""
+        return {"graft": self.config.graft_lr_scale, "graft_gate": self.config.gate_lr_scale}.get(ref.part, 1.0)
+
+    def persists_moments(self, ref: ParamRef) -> bool:
+        """Graft and gate keep their moments if asked to."""
+        return self.config.persist_optimizer and self.group(ref) == PRIVATE
+
+    def setup(self, session: Session) -> None:
+        """Choose the experts on the client's own examples and copy them into its graft."""
+        config = self.config
+        model = session.engine.model
+        layers = moe_layers(model)
+        batches = session.calibration_batches(config.calibration_examples)
+        scores, chosen, losses = self._choose(session, layers, batches)
+        kept = self._layers_to_graft(scores, losses, len(layers))
+        contributions = neuron_contributions(model, batches) if self._ranks_neurons() else {}
+        for layer in layers:
+            prefix = f"{layer.block_path}.graft."
+            if layer.index not in kept:
+                bias = session.private[f"{prefix}gate_bias"]
+                session.private[f"{prefix}gate_bias"] = torch.full_like(bias, float("-inf"))
+                continue
+            gate_up, down = self._copy(session, layer, chosen[layer.index], contributions.get(layer.index))
+            session.private[f"{prefix}gate_up_proj"] = gate_up
+            session.private[f"{prefix}down_proj"] = down
+        session.diagnostics["graft_choice"] = {
+            "layers": [layer.index for layer in layers],
+            "experts": [list(chosen[layer.index]) if layer.index in kept else [] for layer in layers],
+            "loss": [losses[layer.index] for layer in layers],
+            "zero_loss": [scores.layers[layer.index].zero_loss for layer in layers],
+            "rank_correlation_with_usage": [_rank_correlation(scores, layer.index) for layer in layers],
+        }
+
+    def observe(self, session: Session) -> Mapping[str, object]:
+        """Mean opening of the graft gates by layer, on the client's own tokens and on general ones."""
+        own = _mean_gate(session, session.calibration_batches(16))
+        general = _mean_gate(session, session.retention_batches(16))
+        return {
+            "graft_gate": {
+                "layers": list(own),
+                "mean_open_own": list(own.values()),
+                "mean_open_retention": list(general.values()),
+            }
+        }
+
+    def _ranks_neurons(self) -> bool:
+        return self.config.graft_init == "copy" and (
+            self.config.granularity == "neuron" or self.config.graft_neuron_fraction < 1
+        )
+
+    def _choose(
+        self, session: Session, layers: tuple[MoELayer, ...], batches: list[Batch]
+    ) -> tuple[ExpertScores, dict[int, tuple[int, ...]], dict[int, list[float]]]:
+        """Pick ``n_graft`` experts a layer: one after the other, each the best beside those already picked."""
+        config = self.config
+        model = session.engine.model
+        first = observe_experts(model, batches)
+        generator = torch.Generator().manual_seed(session.seed("graft/random"))
+        chosen: dict[int, tuple[int, ...]] = {layer.index: () for layer in layers}
+        losses: dict[int, list[float]] = {layer.index: [] for layer in layers}
+        scores = first
+        for number in range(config.n_graft):
+            if number:
+                # With more than one, the reconstruction loss of a candidate is that of keeping it beside the others.
+                scores = observe_experts(model, batches, kept=chosen)
+            for layer in layers:
+                found = scores.layers[layer.index]
+                if config.score == "random":
+                    ranking = torch.rand(found.loss.shape, generator=generator, dtype=torch.float64)
+                else:
+                    ranking = found.criterion(config.score).clone()
+                ranking[list(chosen[layer.index])] = math.inf
+                best = int(torch.argmin(ranking))
+                losses[layer.index].append(float(found.loss[best]))
+                chosen[layer.index] = (*chosen[layer.index], best)
+        return first, chosen, losses
+
+    def _layers_to_graft(self, scores: ExpertScores, losses: dict[int, list[float]], num_layers: int) -> set[int]:
+        """The layers with the lowest loss relative to putting out nothing; the lower index among equals."""
+        count = max(1, math.ceil(self.config.graft_layer_fraction * num_layers))
+        relative = {index: losses[index][-1] / max(scores.layers[index].zero_loss, 1e-300) for index in losses}
+        return set(sorted(relative, key=lambda index: (relative[index], index))[:count])
+
+    def _copy(
+        self, session: Session, layer: MoELayer, experts: tuple[int, ...], contributions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of the grafts of one layer: ``gate_up_proj`` (G, 2F, D) and ``down_proj`` (G, D, F)."""
+        prefix = f"{layer.block_path}.graft."
+        like_up, like_down = session.private[f"{prefix}gate_up_proj"], session.private[f"{prefix}down_proj"]
+        if self.config.graft_init == "random":
+            generator = torch.Generator().manual_seed(session.seed(f"graft/init/{layer.index}"))
+            ups, downs = layer.expert_weights(0)
+            up = torch.randn(like_up.shape, generator=generator) * float(ups.float().std())
+            down = torch.randn(like_down.shape, generator=generator) * float(downs.float().std())
+            return up.to(like_up.dtype), down.to(like_down.dtype)
+        size = like_down.shape[-1]
+        copies = []
+        for position, expert in enumerate(experts):
+            if contributions is None:
+                picks = [(expert, torch.arange(size))]
+            elif self.config.granularity == "expert":
+                picks = [
+                    (expert, torch.argsort(contributions[expert], descending=True, stable=True)[:size].sort().values)
+                ]
+            else:
+                picks = _largest_neurons(contributions, position * size, size)
+            copies.append(_take_neurons(layer, picks))
+        up = torch.stack([copy[0] for copy in copies]).to(like_up.dtype).cpu()
+        down = torch.stack([copy[1] for copy in copies]).to(like_down.dtype).cpu()
+        return up, down
+
+
+def _largest_neurons(contributions_EF: torch.Tensor, start: int, count: int) -> list[tuple[int, torch.Tensor]]:
+    """Neurons ranked ``start`` to ``start + count`` over all experts of a layer, grouped by expert."""
+    order = torch.argsort(contributions_EF.reshape(-1), descending=True, stable=True)[start : start + count]
+    width = contributions_EF.shape[1]
+    grouped = [
+        (expert, (order[order // width == expert] % width).sort().values) for expert in range(len(contributions_EF))
+    ]
+    return [(expert, neurons) for expert, neurons in grouped if len(neurons)]
+
+
+def _take_neurons(layer: MoELayer, picks: list[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy single neurons of experts into one expert's layout: all gate rows, then all up rows; (2F, D) and (D, F)."""
+    gates, ups, downs = [], [], []
+    for expert, neurons in picks:
+        gate_up, down = layer.expert_weights(expert)
+        gate, up = gate_up.detach().chunk(2, dim=0)
+        gates.append(gate[neurons])
+        ups.append(up[neurons])
+        downs.append(down.detach()[:, neurons])
+    return torch.cat([*gates, *ups]), torch.cat(downs, dim=1)
+
+
+def _rank_correlation(scores: ExpertScores, index: int) -> float | None:
+    """Spearman correlation, over the experts of a layer, of low reconstruction loss with use; ``None`` if undefined."""
+    layer = scores.layers[index]
+    if len(set(layer.loss.tolist())) < 2 or len(set(layer.tokens.tolist())) < 2:
+        return None
+    return float(spearmanr(-layer.loss.numpy(), layer.tokens.numpy()).statistic)
+
+
+def _mean_gate(session: Session, batches: list[Batch]) -> dict[int, float]:
+    """Mean of the graft gates over tokens and grafts, by layer; ``NaN`` is never given: no batches, no entry."""
+    grafts = grafts_of(session.engine.model)
+    sums = dict.fromkeys(grafts, 0.0)
+    counts = dict.fromkeys(grafts, 0)
+
+    def visit(layer: MoELayer, x_TD: torch.Tensor, z_TD: torch.Tensor) -> None:
+        gate_TG = grafts[layer.index].gate(x_TD)
+        sums[layer.index] += float(gate_TG.double().sum())
+        counts[layer.index] += gate_TG.numel()
+
+    visit_blocks(session.engine.model, batches, visit, with_grafts=True)
+    return {index: sums[index] / counts[index] for index in grafts if counts[index]}

@@ -1,0 +1,234 @@
+"""The configuration of a run: one frozen tree. Each component's own part lives beside the component.
+
+Only ``platform`` and ``tuning`` see the whole tree; everything else gets plain typed arguments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+import fedgraft.aggregation  # noqa: F401  (its files register the methods that the validators look up)
+from fedgraft.data.config import DataConfig
+from fedgraft.errors import MethodError
+from fedgraft.platform.tracking import TrackingConfig
+from fedgraft.protocols import MethodConfig
+from fedgraft.registry import METHODS
+
+__all__ = [
+    "CompareConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ExecutorConfig",
+    "FederationConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "RateSearchConfig",
+    "RunConfig",
+    "TrainingConfig",
+]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """Which MoE language model: a folder, a hub name, or (neither) the bundled one, pre-trained once on this machine."""
+
+    path: Path | None = Field(None, description="Local Hugging Face folder; wins over name.")
+    name: str | None = Field(None, description="Model on the Hugging Face hub.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Number format of the weights.")
+    trust_remote_code: bool = Field(False, description="Let Python code in the model's folder run.")
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the bundled model is meant."""
+        return self.path is None and self.name is None
+
+    @property
+    def source(self) -> str:
+        """Folder or hub name; empty for the bundled model."""
+        return str(self.path) if self.path is not None else (self.name or "")
+
+
+class FederationConfig(_Frozen):
+    """Rounds, who takes part, and how much a client does in a round."""
+
+    rounds: int = Field(10, ge=0, le=1_000_000, description="Rounds of training.")
+    cohort_size: int | None = Field(None, ge=1, description="Clients drawn a round; null: all of them.")
+    min_clients: int = Field(1, ge=1, description="Fewest updates a round may go on with.")
+    max_failures: int = Field(3, ge=1, description="Tries of one client's task before it counts as failed.")
+    local_steps: int = Field(10, ge=1, le=1_000_000, description="Optimiser steps of a client in a round.")
+    batch_size: int = Field(8, ge=1, le=65_536, description="Examples of a local step.")
+    task_timeout_s: float = Field(3600.0, gt=0, description="Longest time that one client's task may take.")
+
+
+class TrainingConfig(_Frozen):
+    """The local optimiser."""
+
+    learning_rate: float = Field(3e-3, gt=0, le=10, description="Learning rate, constant over steps and rounds.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Local optimiser, fresh in every round.")
+    weight_decay: float = Field(0.0, ge=0, le=10, description="Decoupled weight decay.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Clip the norm of the whole gradient; null: no clipping."
+    )
+
+
+class EvaluationConfig(_Frozen):
+    """When and how models are judged."""
+
+    every: int = Field(1, ge=1, description="Evaluate after every so many rounds; the last round always counts.")
+    at_start: bool = Field(True, description="Also judge the global model before round 1.")
+    generate: Literal["never", "end", "always"] = Field("end", description="When answers are decoded for ROUGE-L.")
+    max_new_tokens: int = Field(32, ge=1, le=4096, description="Longest decoded answer.")
+    max_generate: int | None = Field(None, ge=1, description="Most answers decoded a client.")
+    choices: Literal["never", "end", "always"] = Field("end", description="When multiple choice is asked.")
+    batch_size: int = Field(32, ge=1, le=4096, description="Examples of an evaluation batch.")
+    global_view: bool = Field(True, description="Judge the global model beside the personal ones, where they differ.")
+
+
+class EngineConfig(_Frozen):
+    """What trains: ``auto`` is plain PyTorch, on a GPU where there is one."""
+
+    name: Literal["auto", "torch"] = Field("auto", description="Training engine.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas put their model.")
+
+
+class ExecutorConfig(_Frozen):
+    """Who does the clients' work: replicas as Ray actors, or this process."""
+
+    kind: Literal["ray", "in_process"] = Field("ray", description="ray: a driver actor and replica actors.")
+    replicas: int | None = Field(
+        None, ge=1, le=10_000, description="Replicas; null: as many as cores, clients and memory allow."
+    )
+    threads: int = Field(1, ge=1, le=256, description="Threads of a replica; sums depend on it, so results do.")
+    gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica; a fraction shares one.")
+    address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, else one of its own.")
+    start_timeout_s: float = Field(300.0, gt=0, description="Longest wait for Ray and its actors to start.")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        if self.kind == "in_process":
+            for name in ("replicas", "address"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} has no effect with kind: in_process; remove it, or set kind: ray")
+            if self.gpus_per_replica:
+                raise ValueError("gpus_per_replica has no effect with kind: in_process; set engine.device: cuda")
+        return self
+
+
+class RateSearchConfig(_Frozen):
+    """Choose each method's learning rate from one grid, by the personal models' NLL on the validation split."""
+
+    rates: tuple[float, ...] = Field(description="The grid; at least two rates, ascending.")
+    rounds: int = Field(2, ge=1, description="Rounds that each rate is tried for.")
+
+    @field_validator("rates")
+    @classmethod
+    def _check_rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if len(rates) < 2 or any(rate <= 0 for rate in rates) or list(rates) != sorted(set(rates)):
+            raise ValueError("expected at least two positive learning rates, ascending, each once")
+        return rates
+
+
+def build_method_config(value: Any) -> MethodConfig:
+    """Validate a method's options with the class that its name picks.
+
+    Raises:
+        ValueError: No name, or no method of that name (pydantic's own error for wrong options).
+    """
+    if isinstance(value, MethodConfig):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError(f"expected a mapping with a name, one of: {', '.join(METHODS.names())}")
+    try:
+        method = METHODS.get(value["name"])
+    except MethodError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from None
+    return method.config_class.model_validate(value)
+
+
+class CompareConfig(_Frozen):
+    """Several methods on the same footing: same clients, rounds, steps and seeds."""
+
+    methods: dict[str, SerializeAsAny[MethodConfig]] = Field(description="Methods by the label they get in tables.")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _build(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not value:
+            raise ValueError("expected a mapping of labels to methods, at least one")
+        return {label: build_method_config(method) for label, method in value.items()}
+
+    @field_validator("methods")
+    @classmethod
+    def _check_labels(cls, methods: dict[str, MethodConfig]) -> dict[str, MethodConfig]:
+        for label in methods:
+            if not label or not all(c.isalnum() or c in "-_.+ " for c in label):
+                raise ValueError(f"label {label!r}: expected letters, digits, spaces and -_.+ only; it names a folder")
+        return methods
+
+
+class OutputConfig(_Frozen):
+    """Where runs and caches lie."""
+
+    folder: Path = Field(Path("runs"), description="Folder of all runs; each gets a folder of its own in it.")
+    cache: Path | None = Field(None, description="Cache of bases; null: the user's cache folder.")
+    report: bool = Field(True, description="Write report.html.")
+    checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints.")
+
+
+class RunConfig(_Frozen):
+    """Everything a run depends on. Exactly one of ``method`` and ``compare`` is given."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="First part of the run's folder name.")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Run seeds; means and spreads are over them.")
+    model: ModelConfig = Field(ModelConfig(), description="The base model.")
+    data: DataConfig = Field(DataConfig(), description="Examples, clients, splits.")
+    federation: FederationConfig = Field(FederationConfig(), description="Rounds and cohorts.")
+    training: TrainingConfig = Field(TrainingConfig(), description="The local optimiser.")
+    method: SerializeAsAny[MethodConfig] | None = Field(None, description="The one method of this run.")
+    compare: CompareConfig | None = Field(None, description="Several methods, instead of one.")
+    rate_search: RateSearchConfig | None = Field(None, description="Choose the learning rate on validation data.")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="When and how models are judged.")
+    engine: EngineConfig = Field(EngineConfig(), description="What trains.")
+    executor: ExecutorConfig = Field(ExecutorConfig(), description="Who does the work.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
+    output: OutputConfig = Field(OutputConfig(), description="Folders.")
+    method_files: tuple[Path, ...] = Field((), description="Python files with methods of your own; they run as code.")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _build_method(cls, value: Any) -> Any:
+        return None if value is None else build_method_config(value)
+
+    @field_validator("seeds")
+    @classmethod
+    def _check_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds) or any(seed < 0 for seed in seeds):
+            raise ValueError("expected different seeds, each 0 or more")
+        return seeds
+
+    @model_validator(mode="after")
+    def _one_or_several_methods(self) -> Self:
+        if (self.method is None) == (self.compare is None):
+            raise ValueError("expected exactly one of method (one method) and compare (several)")
+        return self
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        if self.rate_search is not None and "learning_rate" in self.training.model_fields_set:
+            raise ValueError("training.learning_rate has no effect beside rate_search; remove one of the two")
+        if self.federation.cohort_size is not None and self.federation.min_clients > self.federation.cohort_size:
+            raise ValueError("federation.min_clients is larger than federation.cohort_size: no round could go on")
+        return self
+
+    def methods(self) -> dict[str, MethodConfig]:
+        """The methods of this run by label; a single one is labelled by its name."""
+        if self.compare is not None:
+            return dict(self.compare.methods)
+        assert self.method is not None
+        return {self.method.name: self.method}
