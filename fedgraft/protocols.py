@@ -178,6 +178,9 @@ class Session(Protocol):
     def seed(self, purpose: str) -> int:
         """A seed for this purpose, client and round."""
 
+    def setup_seed(self, purpose: str) -> int:
+        """A seed for this purpose and client; a client set up late is set up as it would have been early."""
+
     def train_batches(self) -> Iterable[Batch]:
         """The batches of this round's local steps, as many as the plan says, in the order that the seed gives."""
 

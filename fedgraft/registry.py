@@ -6,8 +6,10 @@ import difflib
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fedgraft.errors import MethodError
 from fedgraft.protocols import Method, MethodConfig
@@ -57,6 +59,11 @@ class MethodRegistry:
         """Make the method that a config names."""
         return self.get(config.name)(config)
 
+    def parse(self, options: Mapping[str, Any]) -> Method:
+        """Make the method that a mapping of valid options names, e.g. what ``model_dump`` gave."""
+        method = self.get(str(options["name"]))
+        return method(method.config_class.model_validate(options))
+
 
 METHODS = MethodRegistry()
 """The registry that ``fedgraft methods`` shows. The files of ``fedgraft.aggregation`` add to it on import."""
@@ -102,7 +109,5 @@ def load_entry_points() -> None:
                 "mend or uninstall the package that declares it",
             ) from error
         if not (isinstance(loaded, type) and issubclass(loaded, Method)):
-            raise MethodError(
-                f"entry point {entry.name!r} ({entry.value}) is not a fedgraft Method", "point it at the class"
-            )
+            raise MethodError(f"entry point {entry.name!r} ({entry.value}) is not a fedgraft Method", "point it at the class")
         METHODS.add(loaded)

@@ -269,6 +269,7 @@ class ClientTask:
     ``keys`` and ``extra_keys`` name what of the broadcast goes to this client, and are charged to its ledger;
     ``extras`` are tensors for this client alone. ``assignment`` gives the experts it holds, by layer (``None``: all).
     ``state_version`` is the round whose private state it starts from (``None``: it has none yet, and is set up first).
+    ``hashes_frozen`` asks for the hash of the frozen tensors after training.
     """
 
     client_id: int
@@ -280,6 +281,7 @@ class ClientTask:
     assignment: Mapping[int, tuple[int, ...]] | None = None
     budget: Budget | None = None
     state_version: int | None = None
+    hashes_frozen: bool = False
 
     @property
     def round_idx(self) -> int:
@@ -289,13 +291,16 @@ class ClientTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
-    """Key, shape, dtype and bytes of a tensor that a client sends, and its group."""
+    """Key, shape, dtype and bytes of a tensor that is sent.
+
+    ``group`` is the ledger's column: ``shared``, ``assigned``, ``extras`` or ``statistics``.
+    """
 
     key: str
     shape: tuple[int, ...]
     dtype: str
     num_bytes: int
-    group: Group
+    group: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

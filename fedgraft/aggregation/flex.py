@@ -175,7 +175,7 @@ class Flex(Method):
         config = self.config
         model = session.engine.model
         first = observe_experts(model, batches)
-        generator = torch.Generator().manual_seed(session.seed("graft/random"))
+        generator = torch.Generator().manual_seed(session.setup_seed("graft/random"))
         chosen: dict[int, tuple[int, ...]] = {layer.index: () for layer in layers}
         losses: dict[int, list[float]] = {layer.index: [] for layer in layers}
         scores = first
@@ -208,7 +208,7 @@ class Flex(Method):
         prefix = f"{layer.block_path}.graft."
         like_up, like_down = session.private[f"{prefix}gate_up_proj"], session.private[f"{prefix}down_proj"]
         if self.config.graft_init == "random":
-            generator = torch.Generator().manual_seed(session.seed(f"graft/init/{layer.index}"))
+            generator = torch.Generator().manual_seed(session.setup_seed(f"graft/init/{layer.index}"))
             ups, downs = layer.expert_weights(0)
             up = torch.randn(like_up.shape, generator=generator) * float(ups.float().std())
             down = torch.randn(like_down.shape, generator=generator) * float(downs.float().std())

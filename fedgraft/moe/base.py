@@ -63,9 +63,7 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
     if (folder / _DONE).is_file():
         return folder
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), trust_remote_code=trusts_remote_code
-        )
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), trust_remote_code=trusts_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ModelError(
@@ -99,9 +97,9 @@ def open_base(folder: Path, device: str = "cpu") -> nn.Module:
     weights = load_file(folder / _WEIGHTS, device=device)
     dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]
     lost = [name for name in missing if model.get_parameter(name).is_meta]
     if lost:
         raise ModelError(f"base {folder} lacks {', '.join(lost[:3])}", "delete this folder; it is written again")
@@ -124,9 +122,7 @@ def facts_of(model: str, *, trusts_remote_code: bool = False) -> ModelFacts:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model {model!r} cannot be read: {_first_line(error)}", "name a local folder or a hub name"
-        ) from error
+        raise ModelError(f"model {model!r} cannot be read: {_first_line(error)}", "name a local folder or a hub name") from error
     return model_facts(config)
 
 

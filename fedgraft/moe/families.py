@@ -107,8 +107,8 @@ def model_facts(config: Any) -> ModelFacts:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Give the module below PEFT's wrappers."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
     return module
 
 
@@ -186,7 +186,5 @@ def _walk(model: nn.Module) -> Iterator[MoELayer]:
         path = f"model.layers.{index}"
         block = model.get_submodule(f"{path}.{family.block}")
         if not hasattr(block, family.experts):
-            raise ModelError(
-                f"layer {index} of this {family.model_type} model has no experts", "check the model's config.json"
-            )
+            raise ModelError(f"layer {index} of this {family.model_type} model has no experts", "check the model's config.json")
         yield MoELayer(index=index, path=path, family=family, block=block)

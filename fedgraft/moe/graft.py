@@ -29,7 +29,8 @@ GRAFT = "graft"
 
 
 class Graft(nn.Module):
-    """The grafts of one MoE layer: ``gate_up_proj`` (G, 2F, D), ``down_proj`` (G, D, F), ``gate_weight`` (G, D), ``gate_bias`` (G).
+    """The grafts of one MoE layer: ``gate_up_proj`` (G, 2F, D), ``down_proj`` (G, D, F), ``gate_weight`` (G, D),
+    ``gate_bias`` (G).
 
     The module sees its MoE layer but does not own it, so the layer's names in the model stay as they were.
     """

@@ -72,7 +72,8 @@ class LayerScores:
     @classmethod
     def empty(cls, num_experts: int) -> LayerScores:
         """All zero."""
-        return cls(*(torch.zeros(num_experts, dtype=torch.float64) for _ in range(8)))
+        zeros = [torch.zeros(num_experts, dtype=torch.float64) for _ in range(8)]
+        return cls(zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], zeros[5], zeros[6], zeros[7])
 
     def criterion(self, name: Criterion) -> torch.Tensor:
         """Losses (E,) by one of ``CRITERIA``; the lowest is best."""
@@ -155,9 +156,7 @@ def neuron_contributions(model: nn.Module, batches: Iterable[Batch]) -> dict[int
     return {index: total / max(counts[index], 1) for index, total in sums.items()}
 
 
-def _accumulate(
-    scores: LayerScores, layer: MoELayer, x_TD: torch.Tensor, z_TD: torch.Tensor, kept: tuple[int, ...]
-) -> None:
+def _accumulate(scores: LayerScores, layer: MoELayer, x_TD: torch.Tensor, z_TD: torch.Tensor, kept: tuple[int, ...]) -> None:
     """Add one batch. Norms are taken in float64: the loss is a difference of large numbers."""
     shared = layer.shared_output(x_TD)
     routed = (z_TD if shared is None else z_TD - shared).double()
@@ -191,7 +190,7 @@ def _accumulate(
 
 
 def _num_experts(layer: MoELayer) -> int:
-    return int(layer.experts.gate_up_proj.shape[0])  # type: ignore[index, union-attr, arg-type]
+    return int(layer.experts.gate_up_proj.shape[0])  # type: ignore[index]
 
 
 def _top_k(layer: MoELayer) -> int:

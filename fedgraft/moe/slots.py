@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fedgraft.errors import ModelError
@@ -57,6 +55,8 @@ def add_slots(model: nn.Module, slots: Slots) -> tuple[ParamRef, ...]:
         _add_adapter(model, layers, adapter)
     names = tuple(adapter.name for adapter in slots.adapters)
     if names:
+        from peft.tuners.lora import LoraLayer  # peft takes seconds to import, and only replicas need it
+
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.set_adapter([name for name in names if name in module.lora_A])
@@ -101,8 +101,7 @@ def count_slot_elements(facts: ModelFacts, slots: Slots) -> dict[str, int]:
     hidden, expert, num_moe = facts.hidden_size, facts.expert_size, len(facts.layers)
     count = dict.fromkeys((*_PARTS, "graft", "graft_gate"), 0)
     sides = {
-        "attention": facts.num_layers
-        * (2 * (hidden + facts.attention_size) + 2 * (hidden + facts.num_key_value_features)),
+        "attention": facts.num_layers * (2 * (hidden + facts.attention_size) + 2 * (hidden + facts.num_key_value_features)),
         "router": num_moe * (hidden + facts.num_experts),
         "experts": num_moe * facts.num_experts * ((hidden + 2 * expert) + (expert + hidden)),
     }
@@ -155,9 +154,11 @@ def _add_adapter(model: nn.Module, layers: tuple[MoELayer, ...], adapter: Adapte
             f"adapter {adapter.name!r} has dropout {adapter.dropout} on router or experts",
             "PEFT cannot apply dropout to fused parameters: set dropout to 0",
         )
+    from peft import LoraConfig, inject_adapter_in_model  # as above
+
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules=modules,
         target_parameters=parameters or None,
@@ -224,9 +225,7 @@ def _part_of(name: str, layer: MoELayer | None, attention: tuple[str, ...]) -> s
         for part, attribute in (("router", layer.family.router), ("experts", layer.family.experts)):
             if below.startswith(f"{attribute}."):
                 return part
-        return (
-            "shared_expert" if layer.family.shared_expert and below.startswith(layer.family.shared_expert) else "other"
-        )
+        return "shared_expert" if layer.family.shared_expert and below.startswith(layer.family.shared_expert) else "other"
     plain = name.replace(".base_layer", "")
     return "attention" if any(f".{module}." in plain for module in attention) else "other"
 

@@ -38,9 +38,7 @@ def visit_blocks(
     handles: list[Any] = []
     for layer in moe_layers(model):
 
-        def hook(
-            block: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, layer: MoELayer = layer
-        ) -> None:
+        def hook(block: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, layer: MoELayer = layer) -> None:
             x_TD = args[0].reshape(-1, args[0].shape[-1])[mask[0]]
             visit(layer, x_TD, output.reshape(-1, output.shape[-1])[mask[0]])
 
@@ -51,7 +49,7 @@ def visit_blocks(
         with torch.inference_mode(), nullcontext() if with_grafts else without_grafts(model):
             for batch in batches:
                 mask[:] = [batch.attention_mask.reshape(-1).bool().to(device)]
-                model.model(  # type: ignore[operator, union-attr]
+                model.model(  # type: ignore[operator]
                     input_ids=batch.input_ids.to(device),
                     attention_mask=batch.attention_mask.to(device),
                     use_cache=False,

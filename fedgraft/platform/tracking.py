@@ -11,14 +11,15 @@ metrics; they are named in the run's tag ``fedgraft.not_finite`` instead, and st
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,17 @@ class Tracker:
             "or switch tracking off with tracking.enabled=false"
         )
         try:
-            client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-            all_tags = {key: str(value) for key, value in (tags or {}).items()}
-            if run_id is not None:
-                return cls._go_on(client, uri, run_id, all_tags)
-            if parent_run_id is not None:
-                all_tags["mlflow.parentRunId"] = parent_run_id
-            experiment_id = _experiment_id(client, config.experiment, artifacts)
-            run = client.create_run(experiment_id, tags=all_tags, run_name=run_name)
+            with warnings.catch_warnings():
+                # MLflow's tables use a loader that SQLAlchemy calls deprecated; nothing that a user could change.
+                warnings.filterwarnings("ignore", category=DeprecationWarning, message="The ``noload`` loader")
+                client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+                all_tags = {key: str(value) for key, value in (tags or {}).items()}
+                if run_id is not None:
+                    return cls._go_on(client, uri, run_id, all_tags)
+                if parent_run_id is not None:
+                    all_tags["mlflow.parentRunId"] = parent_run_id
+                experiment_id = _experiment_id(client, config.experiment, artifacts)
+                run = client.create_run(experiment_id, tags=all_tags, run_name=run_name)
             entries = [mlflow.entities.Param(_key(key), _value(value)) for key, value in _flatten(params)]
             for start in range(0, len(entries), _MAX_PER_BATCH):
                 client.log_batch(run.info.run_id, params=entries[start : start + _MAX_PER_BATCH])
@@ -148,18 +152,18 @@ class Tracker:
 
         Args:
             round_idx: >= 0, MLflow's step.
-            metrics: At most 1000 values by name. A name's characters that MLflow refuses become ``_``.
+            metrics: Values by name; MLflow takes 1000 in one call, more are left out with a warning. A character
+                of a name that MLflow refuses becomes ``_``.
         """
         if not self._is_on or round_idx in self._steps:
             return
         if len(metrics) > _MAX_METRICS:
-            raise FedgraftError(f"round {round_idx}: {len(metrics)} metrics; MLflow takes {_MAX_METRICS} in one call")
+            _log.warning("round %d: MLflow takes %d of the %d metrics", round_idx, _MAX_METRICS, len(metrics))
+            metrics = dict(list(metrics.items())[:_MAX_METRICS])
         entities = _import_mlflow().entities
         stamp = int(time.time() * 1000)
         points = [
-            entities.Metric(_key(name), float(value), stamp, round_idx)
-            for name, value in metrics.items()
-            if math.isfinite(value)
+            entities.Metric(_key(name), float(value), stamp, round_idx) for name, value in metrics.items() if math.isfinite(value)
         ]
         bad = [f"{name}={float(value)}" for name, value in metrics.items() if not math.isfinite(value)]
         tags = []
@@ -167,11 +171,11 @@ class Tracker:
             _log.warning("round %d: not finite, so not logged to MLflow: %s", round_idx, ", ".join(bad))
             self._not_finite.append(f"round {round_idx}: {', '.join(bad)}")
             tags = [entities.RunTag(_NOT_FINITE_TAG, "; ".join(self._not_finite)[:_MAX_VALUE])]
-        self._guard(lambda: self._client.log_batch(self._run_id, metrics=points, tags=tags))
+        self._guard(partial(self._client.log_batch, self._run_id, metrics=points, tags=tags))
         self._steps.add(round_idx)
 
     def finish(self, status: str, artifacts: Sequence[Path] = ()) -> None:
-        """Store files and close the run.
+        """Close the run, then store its files: a file that cannot be stored must not leave it open.
 
         Args:
             status: ``finished``, ``stopped`` or ``failed``.
@@ -179,12 +183,14 @@ class Tracker:
         """
         if status not in _STATUS:
             raise FedgraftError(f"run status {status!r} is unknown; known: {', '.join(_STATUS)}")
+        if not self._is_on:
+            return
+        self._guard(partial(self._client.set_terminated, self._run_id, status=_STATUS[status]))
         for path in artifacts:
             if path.is_dir():
-                self._guard(lambda path=path: self._client.log_artifacts(self._run_id, str(path), path.name))
+                self._guard(partial(self._client.log_artifacts, self._run_id, str(path), path.name))
             elif path.exists():
-                self._guard(lambda path=path: self._client.log_artifact(self._run_id, str(path)))
-        self._guard(lambda: self._client.set_terminated(self._run_id, status=_STATUS[status]))
+                self._guard(partial(self._client.log_artifact, self._run_id, str(path)))
 
     def _guard(self, call: Callable[[], object]) -> None:
         """Run a call to MLflow; the first failure is logged and switches tracking off for the rest of the run."""
@@ -212,7 +218,8 @@ def _import_mlflow() -> Any:
     # MLflow's 7 retries of 120 s would hold a run for minutes when the server is gone.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    mlflow = importlib.import_module("mlflow")
+    import mlflow
+
     # Table creation at INFO, and a traceback of 80 lines at ERROR for what is raised to us anyway.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -221,8 +228,9 @@ def _import_mlflow() -> Any:
 
 def _sql_error() -> type[Exception]:
     """Give SQLAlchemy's base error: MLflow wraps it when logging, but not when it opens a database."""
-    error: type[Exception] = importlib.import_module("sqlalchemy.exc").SQLAlchemyError
-    return error
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return SQLAlchemyError
 
 
 def _where(config: TrackingConfig, runs_root: Path) -> tuple[str, str | None]:

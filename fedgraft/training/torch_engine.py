@@ -41,7 +41,7 @@ def response_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, StepOut
 
     The language-model head is applied only where a label counts: prompts and padding are most of a batch.
     """
-    hidden_BSD = model.model(  # type: ignore[operator, union-attr]
+    hidden_BSD = model.model(  # type: ignore[operator]
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
     labels = batch.labels[:, 1:]
@@ -126,7 +126,7 @@ class TorchEngine:
                 if not torch.isfinite(total):
                     raise UpdateError(f"the loss of local step {step + 1} is {float(total)}", "lower the learning rate")
                 if total.requires_grad:
-                    total.backward()
+                    total.backward()  # type: ignore[no-untyped-call]
                 if after_backward is not None:
                     after_backward(step)
                 if spec.max_grad_norm is not None and parameters:
@@ -176,7 +176,8 @@ class TorchEngine:
         return torch.optim.AdamW(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
     def _load_moments(self, optimizer: torch.optim.Optimizer, state: Params) -> None:
-        for key, moment, value in ((*name.split("|", 1), value) for name, value in state.items()):
+        for name, value in state.items():
+            key, _, moment = name.partition("|")
             parameter = self._parameters[self._by_key[key].name]
             optimizer.state[parameter][moment] = value.clone()
 

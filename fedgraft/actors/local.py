@@ -1,0 +1,49 @@
+"""The in-process pool: one replica, this process, one call after another. The reference, and the debugger's friend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fedgraft.actors.hosting import Finished, PoolOptions
+
+__all__ = ["LocalPool"]
+
+
+class LocalPool:
+    """See ``fedgraft.actors.hosting.Pool``. Errors are not caught here: a debugger should see them.
+
+    Args:
+        options: Only for the same signature as the pool of actors; one replica is all there is.
+    """
+
+    size = 1
+
+    def __init__(self, options: PoolOptions) -> None:
+        self._hosted: Any = None
+
+    def host(self, factory: Callable[[], Any]) -> None:
+        """Build the hosted object in this process."""
+        self._hosted = factory()
+
+    def call(self, name: str) -> list[Any]:
+        """Run a method without arguments."""
+        return [getattr(self._hosted, name)()]
+
+    def share(self, value: Any) -> Any:
+        """Nothing to do: the value is here."""
+        return value
+
+    def map(self, name: str, items: Sequence[Any], shared: Any) -> Iterator[Finished]:
+        """Run the items in order."""
+        for index, item in enumerate(items):
+            value, handle = getattr(self._hosted, name)(item, shared)
+            yield Finished(index=index, value=value, handle=handle)
+
+    def fetch(self, handle: Any) -> Any:
+        """Nothing to do: the handle is the value."""
+        return handle
+
+    def close(self) -> None:
+        """Let go of the hosted object."""
+        self._hosted = None

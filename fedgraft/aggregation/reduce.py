@@ -1,0 +1,128 @@
+"""Sums over a cohort, through a fixed binary tree over its positions.
+
+Floating sums depend on order. Here node (level, i) is always the sum of (level - 1, 2i) and (level - 1, 2i + 1), so the bits
+depend neither on who arrives first nor on who adds: a replica, a node or the driver may merge any complete subtree. While
+clients arrive, at most one partial sum a level waits, not the cohort.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fedgraft.errors import UpdateError
+from fedgraft.types import Params
+
+__all__ = ["PartialSum", "TreeSum", "leaf", "merge"]
+
+
+@dataclass(kw_only=True, slots=True)
+class PartialSum:
+    """The sum over a subtree: by key, sum of weight * tensor in float64, sum of weights, and number of contributors."""
+
+    total: Params = field(default_factory=dict)
+    weight: dict[str, float] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)
+
+    def mean(self) -> Params:
+        """Weighted means by key, float64."""
+        return {key: total / self.weight[key] for key, total in self.total.items()}
+
+
+def leaf(tensors: Params, weights: dict[str, float]) -> PartialSum:
+    """One client's contribution.
+
+    Args:
+        tensors: What it sent.
+        weights: Its weight by key, >= 0; a key with weight 0 is as if it had not been sent.
+
+    Raises:
+        UpdateError: A tensor has values that are not finite; they are never averaged.
+    """
+    found = PartialSum()
+    for key, tensor in tensors.items():
+        weight = weights[key]
+        if weight == 0:
+            continue
+        if not bool(torch.isfinite(tensor).all()):
+            raise UpdateError(f"{key} has values that are not finite", "lower the learning rate")
+        found.total[key] = tensor.double() * weight
+        found.weight[key] = weight
+        found.count[key] = 1
+    return found
+
+
+def merge(left: PartialSum | None, right: PartialSum | None) -> PartialSum | None:
+    """Add two neighbouring subtrees, left before right; ``None`` is an empty one. The arguments may be consumed."""
+    if left is None or right is None:
+        return right if left is None else left
+    for key, total in right.total.items():
+        if key in left.total:
+            if left.total[key].shape != total.shape:
+                raise UpdateError(f"{key}: two clients sent shapes {tuple(left.total[key].shape)} and {tuple(total.shape)}")
+            left.total[key] = left.total[key] + total
+            left.weight[key] += right.weight[key]
+            left.count[key] += right.count[key]
+        else:
+            left.total[key] = total
+            left.weight[key] = right.weight[key]
+            left.count[key] = right.count[key]
+    return left
+
+
+class TreeSum:
+    """Sums a cohort's contributions as they come, in any order, to the same bits.
+
+    Args:
+        size: Clients of the cohort; every position must be given once, with ``None`` for one that failed.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._waiting: dict[tuple[int, int], PartialSum | None] = {}
+        self._given: set[int] = set()
+        self._depth = max(size - 1, 0).bit_length()
+
+    def add(self, position: int, contribution: PartialSum | None) -> None:
+        """Put in the contribution of one place in the cohort.
+
+        Raises:
+            UpdateError: The place is outside the cohort, or was given before.
+        """
+        if not 0 <= position < self._size:
+            raise UpdateError(f"place {position} is outside a cohort of {self._size}")
+        if position in self._given:
+            raise UpdateError(f"place {position} of the cohort came twice")
+        self._given.add(position)
+        self._insert(0, position, contribution)
+
+    def _insert(self, level: int, index: int, node: PartialSum | None) -> None:
+        while level < self._depth:
+            sibling = (level, index ^ 1)
+            if (index ^ 1) << level >= self._size:  # the sibling's leaves all lie outside the cohort
+                level, index = level + 1, index >> 1
+                continue
+            if sibling not in self._waiting:
+                self._waiting[level, index] = node
+                return
+            other = self._waiting.pop(sibling)
+            node = merge(other, node) if index & 1 else merge(node, other)
+            level, index = level + 1, index >> 1
+        self._waiting[level, index] = node
+
+    @property
+    def num_waiting(self) -> int:
+        """Partial sums that are held now."""
+        return sum(node is not None for node in self._waiting.values())
+
+    def result(self) -> PartialSum:
+        """The sum over the whole cohort.
+
+        Raises:
+            UpdateError: A place is missing.
+        """
+        missing = sorted(set(range(self._size)) - self._given)
+        if missing:
+            raise UpdateError(f"places {missing[:5]} of a cohort of {self._size} are missing")
+        return self._waiting.get((self._depth, 0)) or PartialSum()

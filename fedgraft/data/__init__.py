@@ -1,0 +1,1 @@
+"""Examples: the bundled corpus, loading, partitioning, tokenising."""

@@ -1,0 +1,110 @@
+"""Checkpoints of the server's state: safetensors and JSON, checksummed, written whole or not at all.
+
+A checkpoint is a folder ``round-000005`` with ``state.safetensors`` (keys ``params/...``, ``extras/...``, ``memory/...``) and
+``state.json`` (round, notes, the version of every client's private state, the checksum of the tensors). It is written under a
+temporary name and renamed, so a kill leaves the one before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import load_file
+
+from fedgraft.errors import CheckpointError
+from fedgraft.platform.run_folder import write_json
+from fedgraft.platform.state_store import ClientStateStore, write_tensors
+from fedgraft.types import Params, ServerState
+
+__all__ = ["Checkpoint", "load_latest", "save"]
+
+_log = logging.getLogger(__name__)
+_KINDS = ("params", "extras", "memory")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """The server after a round: its state and, by client, the round whose private state is current."""
+
+    round_idx: int
+    state: ServerState
+    versions: dict[int, int]
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, store: ClientStateStore, keep: int = 2) -> None:
+    """Write a checkpoint and delete all but the last ``keep``, with the private states that only they needed."""
+    tensors = {f"{kind}/{key}": value for kind in _KINDS for key, value in getattr(checkpoint.state, kind).items()}
+    scratch = folder / f".writing-{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    write_tensors(tensors, scratch / "state.safetensors")
+    write_json(
+        {
+            "round": checkpoint.round_idx,
+            "notes": dict(checkpoint.state.notes),
+            "versions": {str(client): version for client, version in checkpoint.versions.items()},
+            "sha256": _digest(scratch / "state.safetensors"),
+            "private": {str(client): store.digest(client, version) for client, version in checkpoint.versions.items()},
+        },
+        scratch / "state.json",
+    )
+    target = folder / f"round-{checkpoint.round_idx:06d}"
+    shutil.rmtree(target, ignore_errors=True)  # only a resumed run that repeats a round finds it there
+    os.replace(scratch, target)
+    kept = sorted(folder.glob("round-*"))[-keep:]
+    for path in sorted(folder.glob("round-*"))[:-keep]:
+        shutil.rmtree(path)
+    needed: dict[int, set[int]] = {}
+    for path in kept:
+        for client, version in json.loads((path / "state.json").read_text())["versions"].items():
+            needed.setdefault(int(client), set()).add(version)
+    for client, versions in needed.items():
+        store.prune(client, versions)
+
+
+def load_latest(folder: Path, *, store: ClientStateStore) -> Checkpoint | None:
+    """Load the last checkpoint that is whole; a torn or changed one is named in the log and the one before it is used.
+
+    Returns:
+        ``None`` where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none is whole.
+    """
+    found = sorted(folder.glob("round-*"), reverse=True)
+    for path in found:
+        try:
+            return _load(path, store)
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointError) as error:
+            _log.warning("checkpoint %s is refused: %s", path, error)
+    if found:
+        raise CheckpointError(f"no checkpoint in {folder} is whole", "start the run anew in another folder")
+    return None
+
+
+def _load(path: Path, store: ClientStateStore) -> Checkpoint:
+    record = json.loads((path / "state.json").read_text())
+    digest = _digest(path / "state.safetensors")
+    if digest != record["sha256"]:
+        raise CheckpointError(f"{path / 'state.safetensors'} has checksum {digest[:12]}, expected {record['sha256'][:12]}")
+    versions = {int(client): int(version) for client, version in record["versions"].items()}
+    for client, version in versions.items():
+        if store.digest(client, version) != record["private"][str(client)]:
+            raise CheckpointError(f"{store.path(client, version)} does not have the checksum of the checkpoint")
+    parts: dict[str, Params] = {kind: {} for kind in _KINDS}
+    for name, value in load_file(path / "state.safetensors").items():
+        kind, _, key = name.partition("/")
+        parts[kind][key] = value
+    state = ServerState(params=parts["params"], extras=parts["extras"], memory=parts["memory"], notes=record["notes"])
+    return Checkpoint(round_idx=int(record["round"]), state=state, versions=versions)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,92 @@
+"""The ledger: bytes by round, client, direction and group, counted from the payload itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from fedgraft.errors import GroupViolation
+from fedgraft.types import Group, Params, TensorInfo
+
+__all__ = ["Entry", "describe", "entries", "num_bytes", "refuse_private"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """Bytes of one group that went one way between the server and one client in one round."""
+
+    round: int
+    client_id: int
+    direction: Literal["up", "down"]
+    group: str
+    bytes: int
+    is_retry: bool = False
+
+    def as_json(self) -> dict[str, object]:
+        """The row as it stands in ``ledger.jsonl``."""
+        return asdict(self)
+
+
+def describe(tensors: Params, groups: Mapping[str, Group], *, kind: str | None = None) -> tuple[TensorInfo, ...]:
+    """List the tensors of a payload with their bytes and groups.
+
+    Args:
+        tensors: The payload.
+        groups: Group of every slot by key.
+        kind: ``None`` for parameters; a name such as ``extras`` for tensors that are no slot.
+
+    Raises:
+        GroupViolation: A tensor is of a group that must not be sent, or is unknown.
+    """
+    found = []
+    for key, tensor in tensors.items():
+        group = groups.get(key)
+        if kind is None and group is None:
+            raise GroupViolation(f"{key!r} is no slot of this model and was about to be sent", "send it as an extra")
+        if group is not None and not group.is_sent:
+            raise GroupViolation(f"{key!r} is {group} and was about to be sent", "tag it shared or assigned, or keep it")
+        found.append(
+            TensorInfo(
+                key=key,
+                shape=tuple(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                num_bytes=num_bytes(tensor),
+                group=str(group.kind) if kind is None and group is not None else str(kind),
+            )
+        )
+    return tuple(found)
+
+
+def refuse_private(tensors: Params, private: Params) -> None:
+    """Refuse extras or statistics that carry a client's private state, under its own name or another.
+
+    Raises:
+        GroupViolation: A tensor has the key, or shape and values, of a private one. Constant tensors are let through: zeros
+            give nothing away.
+    """
+    for key, tensor in tensors.items():
+        for name, secret in private.items():
+            is_same = tensor.shape == secret.shape and tensor.numel() > 1 and torch.equal(tensor, secret.to(tensor.dtype))
+            if key == name or (is_same and bool((secret != secret.reshape(-1)[0]).any())):
+                raise GroupViolation(f"{key!r} carries the private {name!r} and was about to be sent", "keep it on the client")
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's values."""
+    return tensor.numel() * tensor.element_size()
+
+
+def entries(
+    round_idx: int, client_id: int, direction: Literal["up", "down"], infos: Iterable[TensorInfo], *, is_retry: bool = False
+) -> list[Entry]:
+    """Sum a payload's bytes by group: one entry a group."""
+    sums: dict[str, int] = {}
+    for info in infos:
+        sums[info.group] = sums.get(info.group, 0) + info.num_bytes
+    return [
+        Entry(round=round_idx, client_id=client_id, direction=direction, group=group, bytes=size, is_retry=is_retry)
+        for group, size in sorted(sums.items())
+    ]

@@ -1,0 +1,353 @@
+"""The one loop over rounds: plan, let the cohort train, weigh, reduce, step, evaluate, checkpoint, record.
+
+No method loops over rounds, and nothing here knows which method it runs or who does the work.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fedgraft.actors.hosting import Finished, LostResult, Pool
+from fedgraft.aggregation.reduce import TreeSum, leaf
+from fedgraft.errors import GroupViolation, QuorumError, RunInterrupted, UpdateError
+from fedgraft.platform.checkpoint import Checkpoint, load_latest, save
+from fedgraft.platform.config import EvaluationConfig, FederationConfig
+from fedgraft.platform.evaluation import Evaluator
+from fedgraft.platform.ledger import Entry, describe, entries
+from fedgraft.platform.progress import Event
+from fedgraft.platform.run_folder import RunFolder
+from fedgraft.platform.sampling import sample_cohort
+from fedgraft.platform.state_store import ClientStateStore
+from fedgraft.platform.tracking import Tracker
+from fedgraft.platform.worker import WorkerSpec
+from fedgraft.protocols import Method, Reduced, Weights, merge_metrics
+from fedgraft.registry import METHODS
+from fedgraft.seeding import derive_seed
+from fedgraft.types import PRIVATE, Broadcast, ClientFailure, ClientTask, ClientUpdate, Group, RoundPlan, ServerState
+
+__all__ = ["RoundLoop", "RunJob"]
+
+EXTRA = "extras/"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunJob:
+    """One run of one method: what the loop needs beside a pool.
+
+    ``purpose`` ``search`` judges on the validation split only and decodes nothing.
+    """
+
+    label: str
+    purpose: Literal["run", "search"]
+    folder: Path
+    worker: WorkerSpec
+    learning_rate: float
+    rounds: int
+    num_clients: int
+    federation: FederationConfig
+    evaluation: EvaluationConfig
+    checkpoint_every: int
+
+
+class RoundLoop:
+    """Runs one job on a pool, from its last checkpoint if it has one.
+
+    Args:
+        job: What to run.
+        pool: Replicas, not yet hosting this job.
+        tracker: Gets one batch a round.
+        emit: Gets an event a round, an evaluation and a failure.
+        is_stopping: Asked before every round; then the run ends, resumable.
+    """
+
+    def __init__(
+        self,
+        job: RunJob,
+        pool: Pool,
+        *,
+        tracker: Tracker,
+        emit: Callable[[Event], None],
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._job = job
+        self._pool = pool
+        self._tracker = tracker
+        self._emit = emit
+        self._is_stopping = is_stopping
+        self._method: Method = METHODS.parse(job.worker.method)
+        self._folder = RunFolder(job.folder)
+        self._store = ClientStateStore(job.worker.state_folder)
+        self._groups: dict[str, Group] = {}
+        self._versions: dict[int, int] = {}
+        self._failures: list[ClientFailure] = []
+
+    def run(self) -> ServerState:
+        """Run all rounds that are left.
+
+        Returns:
+            The server's last state.
+
+        Raises:
+            QuorumError: Too few clients answered; the run can be resumed.
+            RunInterrupted: It was asked to stop; the run can be resumed.
+            GroupViolation: A frozen tensor changed.
+        """
+        job = self._job
+        self._pool.host(job.worker.build)
+        facts = self._pool.call("describe")
+        self._groups = facts[0]["groups"]
+        frozen = facts[0]["frozen_hash"]
+        rounds = self._method.num_rounds(job.rounds)
+        evaluator = Evaluator(
+            pool=self._pool,
+            config=job.evaluation,
+            groups=self._groups,
+            num_clients=job.num_clients,
+            run_seed=job.worker.run_seed,
+            is_search=job.purpose == "search",
+        )
+        checkpoint = load_latest(self._folder.checkpoint_folder, store=self._store)
+        if checkpoint is None:
+            self._folder.truncate(-1)
+            state = self._method.init(self._pool.call("initial_params")[0], job.num_clients)
+            done = 0
+            if rounds == 0 or (job.evaluation.at_start and job.purpose == "run"):
+                self._evaluate(evaluator, state, 0, is_last=rounds == 0)
+        else:
+            state, done, self._versions = checkpoint.state, checkpoint.round_idx, dict(checkpoint.versions)
+            self._folder.truncate(done)
+        self._folder.write_info(
+            frozen_hash_start=frozen,
+            rounds=rounds,
+            has_private=any(group == PRIVATE for group in self._groups.values()),
+            has_shared=any(group.is_sent for group in self._groups.values()),
+        )
+        for round_idx in range(done + 1, rounds + 1):
+            if self._is_stopping():
+                raise RunInterrupted(f"{job.label} stopped after round {round_idx - 1} of {rounds}", "it can be resumed")
+            state = self._round(evaluator, state, round_idx, rounds)
+        self._check_frozen(frozen, [fact["frozen_hash"] for fact in self._pool.call("describe")])
+        self._folder.write_info(
+            frozen_hash_end=frozen,
+            failures=[
+                {"client_id": f.client_id, "round_idx": f.round_idx, "stage": f.stage, "error": f.error} for f in self._failures
+            ],
+        )
+        return state
+
+    def _round(self, evaluator: Evaluator, state: ServerState, round_idx: int, rounds: int) -> ServerState:
+        job, method = self._job, self._method
+        started = time.perf_counter()
+        default = RoundPlan(round_idx=round_idx, num_steps=job.federation.local_steps, learning_rate=job.learning_rate)
+        plan = method.plan(state, default)
+        drawn = sample_cohort(job.worker.run_seed, round_idx, job.num_clients, job.federation.cohort_size)
+        cohort = method.select(state, plan, drawn)
+        tasks = [self._task(state, plan, client_id, is_last=round_idx == rounds) for client_id in cohort]
+        shared = self._pool.share(Broadcast(round_idx=round_idx, params=state.params, extras=state.extras))
+        outcomes, handles, rows = self._train(tasks, state, shared)
+        updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
+        self._check_quorum(updates, len(cohort), round_idx)
+        weights = method.weigh(state, updates)
+        reduced = self._reduce(tasks, outcomes, handles, weights, shared)
+        new_state = method.aggregate(state, reduced, updates)
+        for update in updates:
+            if update.state_version is not None:
+                self._versions[update.client_id] = update.state_version
+        metrics = self._record(round_idx, updates, rows, time.perf_counter() - started)
+        if round_idx % job.evaluation.every == 0 or round_idx == rounds:
+            metrics |= self._evaluate(evaluator, new_state, round_idx, is_last=round_idx == rounds)
+        if round_idx % job.checkpoint_every == 0 or round_idx == rounds:
+            checkpoint = Checkpoint(round_idx=round_idx, state=new_state, versions=self._versions)
+            save(self._folder.checkpoint_folder, checkpoint, store=self._store)
+        self._tracker.log_round(round_idx, metrics)
+        return new_state
+
+    def _task(self, state: ServerState, plan: RoundPlan, client_id: int, *, is_last: bool) -> ClientTask:
+        task = ClientTask(
+            client_id=client_id,
+            plan=plan,
+            seed=derive_seed(self._job.worker.run_seed, "task", round_idx=plan.round_idx, client_id=client_id),
+            keys=tuple(state.params),
+            extra_keys=tuple(state.extras),
+            state_version=self._versions.get(client_id),
+            hashes_frozen=is_last,
+        )
+        return self._method.task(state, task)
+
+    def _train(
+        self, tasks: Sequence[ClientTask], state: ServerState, shared: Any
+    ) -> tuple[list[ClientUpdate | ClientFailure], list[Any], list[Entry]]:
+        """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times."""
+        outcomes: list[ClientUpdate | ClientFailure | None] = [None] * len(tasks)
+        handles: list[Any] = [None] * len(tasks)
+        rows: list[Entry] = []
+        left = list(range(len(tasks)))
+        for attempt in range(1, self._job.federation.max_failures + 1):
+            for finished in self._pool.map("update", [tasks[i] for i in left], shared):
+                position = left[finished.index]
+                task = tasks[position]
+                outcomes[position] = self._check(task, finished)
+                handles[position] = finished.handle
+                rows += self._charge(task, state, outcomes[position], num_tries=finished.num_tries, attempt=attempt)
+            left = [i for i in left if isinstance(outcomes[i], ClientFailure)]
+            if not left:
+                break
+        for outcome in outcomes:
+            if isinstance(outcome, ClientFailure):
+                self._failures.append(outcome)
+                data = {"client_id": outcome.client_id, "stage": outcome.stage, "error": outcome.error}
+                self._emit(Event(kind="failure", label=self._job.label, data=data))
+        return [outcome for outcome in outcomes if outcome is not None], handles, rows
+
+    def _check(self, task: ClientTask, finished: Finished) -> ClientUpdate | ClientFailure:
+        """Refuse what does not fit the task: a wrong client or round, names or shapes that were not asked for."""
+        outcome = finished.value
+        error = finished.error
+        if error is None and isinstance(outcome, ClientFailure):
+            return outcome
+        if error is None:
+            if (outcome.client_id, outcome.round_idx) != (task.client_id, task.round_idx):
+                error = f"the reply is of client {outcome.client_id} in round {outcome.round_idx}"
+            known = set(task.keys)
+            unknown = [info.key for info in outcome.payload if info.group in ("shared", "assigned") and info.key not in known]
+            if unknown:
+                error = f"the reply has tensors that were not sent to this client: {', '.join(unknown[:3])}"
+        if error is None:
+            return outcome  # type: ignore[no-any-return]
+        stage = "replica" if finished.error is not None else "reply"
+        return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=error)
+
+    def _charge(self, task: ClientTask, state: ServerState, outcome: Any, *, num_tries: int, attempt: int) -> list[Entry]:
+        """Ledger rows of one task: what went down, what came up, and once more down for every retry, marked so."""
+        sent = (
+            *describe({key: state.params[key] for key in task.keys}, self._groups),
+            *describe({key: state.extras[key] for key in task.extra_keys} | task.extras, {}, kind="extras"),
+        )
+        rows: list[Entry] = []
+        for number in range(num_tries):
+            is_retry = attempt > 1 or number > 0
+            rows += entries(task.round_idx, task.client_id, "down", sent, is_retry=is_retry)
+        if isinstance(outcome, ClientUpdate):
+            rows += entries(task.round_idx, task.client_id, "up", outcome.payload)
+        return rows
+
+    def _check_quorum(self, updates: Sequence[ClientUpdate], cohort_size: int, round_idx: int) -> None:
+        wanted = min(self._job.federation.min_clients, cohort_size)
+        if len(updates) < wanted:
+            last = self._failures[-1]
+            raise QuorumError(
+                f"round {round_idx} of {self._job.label}: {len(updates)} of {cohort_size} clients answered, "
+                f"federation.min_clients is {wanted}; client {last.client_id} failed at {last.stage}: {last.error}",
+                "mend the cause or lower federation.min_clients, then resume",
+            )
+
+    def _reduce(
+        self,
+        tasks: Sequence[ClientTask],
+        outcomes: Sequence[ClientUpdate | ClientFailure],
+        handles: list[Any],
+        weights: Weights,
+        shared: Any,
+    ) -> Reduced:
+        """Sum the updates through the fixed tree, holding one client's tensors and a few partial sums at a time."""
+        tree = TreeSum(len(outcomes))
+        place = 0
+        for position, outcome in enumerate(outcomes):
+            if isinstance(outcome, ClientFailure):
+                tree.add(position, None)
+                continue
+            tensors = self._fetch(tasks[position], handles[position], shared)
+            handles[position] = None  # the store may let go of it
+            weight = {key: weights.of(key)[place] for key in tensors}
+            try:
+                tree.add(position, leaf(tensors, weight))
+            except UpdateError as error:
+                raise UpdateError(f"client {outcome.client_id}, round {outcome.round_idx}: {error}") from error
+            place += 1
+        total = tree.result()
+        mean = total.mean()
+        return Reduced(
+            delta={key: value for key, value in mean.items() if not key.startswith(EXTRA)},
+            extras={key.removeprefix(EXTRA): value for key, value in mean.items() if key.startswith(EXTRA)},
+            num_contributors=total.count,
+        )
+
+    def _fetch(self, task: ClientTask, handle: Any, shared: Any) -> dict[str, torch.Tensor]:
+        """Fetch a client's tensors; if they were lost with their node, the task is run again: same task, same bits."""
+        for _ in range(self._job.federation.max_failures):
+            try:
+                return self._pool.fetch(handle)  # type: ignore[no-any-return]
+            except LostResult:
+                finished = next(iter(self._pool.map("update", [task], shared)))
+                if finished.error is not None or isinstance(finished.value, ClientFailure):
+                    break
+                handle = finished.handle
+        raise QuorumError(f"the update of client {task.client_id} was lost and could not be made again", "resume the run")
+
+    def _record(self, round_idx: int, updates: Sequence[ClientUpdate], rows: Sequence[Entry], seconds: float) -> dict[str, float]:
+        """Write the round's lines and report its event; gives what tracking gets."""
+        merged = merge_metrics(updates)
+        up = sum(row.bytes for row in rows if row.direction == "up")
+        down = sum(row.bytes for row in rows if row.direction == "down")
+        tokens = torch.stack([update.expert_tokens for update in updates]).sum(dim=0)
+        loss = merged["train_loss"].mean
+        line = {
+            "round": round_idx,
+            "train_loss": loss,
+            "bytes_up": up,
+            "bytes_down": down,
+            "cohort": [update.client_id for update in updates],
+            "client_train_loss": {str(update.client_id): update.metrics["train_loss"].mean for update in updates},
+            "expert_tokens": tokens.tolist(),
+            "seconds": seconds,
+            "client_seconds": {str(update.client_id): update.seconds for update in updates},
+        }
+        self._folder.append("metrics", [line])
+        self._folder.append("ledger", [row.as_json() for row in rows])
+        notes: list[dict[str, Any]] = [
+            {"round": round_idx, "client_id": None, "kind": "routing", "values": {"entropy": usage_entropy(tokens)}}
+        ]
+        for update in updates:
+            for kind, values in update.diagnostics.items():
+                if kind == "frozen_hash":
+                    self._check_frozen(self._folder.read_info()["frozen_hash_start"], [str(values)])
+                    continue
+                notes.append({"round": round_idx, "client_id": update.client_id, "kind": kind, "values": values})
+        self._folder.append("diagnostics", notes)
+        data = {"round": round_idx, "train_loss": loss, "bytes_up": up, "bytes_down": down, "seconds": seconds}
+        self._emit(Event(kind="round", label=self._job.label, data=data))
+        return {"train_loss": loss, "bytes_up": float(up), "bytes_down": float(down), "seconds": seconds}
+
+    def _evaluate(self, evaluator: Evaluator, state: ServerState, round_idx: int, *, is_last: bool) -> dict[str, float]:
+        started = time.perf_counter()
+        found = evaluator.judge(state, self._versions, round_idx, is_last=is_last)
+        self._folder.append("evaluations", found.rows)
+        self._folder.append("diagnostics", found.diagnostics)
+        summary = found.summary
+        data: dict[str, object] = {"round": round_idx, "seconds": time.perf_counter() - started, **summary}
+        self._emit(Event(kind="evaluation", label=self._job.label, data=data))
+        if round_idx == 0:
+            self._tracker.log_round(0, {f"eval.{name}": value for name, value in summary.items()})
+        return {f"eval.{name}": value for name, value in summary.items()}
+
+    def _check_frozen(self, expected: str, found: Sequence[str]) -> None:
+        if any(value != expected for value in found):
+            raise GroupViolation(
+                f"{self._job.label}: frozen tensors changed on a replica (hash {expected[:12]} became "
+                f"{next(value for value in found if value != expected)[:12]})",
+                "a hook of the method wrote into the base model",
+            )
+
+
+def usage_entropy(tokens_LE: torch.Tensor) -> list[float]:
+    """Entropy of expert use by layer, nats; 0 where one expert gets everything, log E where all get the same."""
+    shares = tokens_LE.double() / tokens_LE.sum(dim=1, keepdim=True).clamp_min(1)
+    logs = torch.where(shares > 0, shares.log(), torch.zeros_like(shares))
+    return [max(0.0, float(value)) if math.isfinite(float(value)) else 0.0 for value in -(shares * logs).sum(dim=1)]

@@ -1,0 +1,90 @@
+"""The folder of one run: records as JSON lines, facts as JSON, checkpoints; everything a report or a resume reads.
+
+    config.yaml          the resolved configuration
+    run.json             what was run, with which versions, how it ended
+    metrics.jsonl        one line a round
+    evaluations.jsonl    one line a metric
+    ledger.jsonl         bytes by client, direction and group
+    diagnostics.jsonl    what methods noted: the choice of grafts, how far gates open, routing entropy
+    partition.json       who has what
+    checkpoints/         the server's state after a round; see ``checkpoint``
+    clients/             private state of clients; see ``state_store``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RECORDS", "RunFolder", "write_json"]
+
+RECORDS = ("metrics", "evaluations", "ledger", "diagnostics")
+"""Names of the files that grow by lines; every line has a ``round``."""
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON under a temporary name, flush to disk, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w") as stream:
+        json.dump(value, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(scratch, path)
+
+
+class RunFolder:
+    """Reads and writes one run's folder.
+
+    Args:
+        path: Made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def state_folder(self) -> Path:
+        """Private state of the clients."""
+        return self.path / "clients"
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Checkpoints of the server's state."""
+        return self.path / "checkpoints"
+
+    def append(self, record: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to one of ``RECORDS``."""
+        with (self.path / f"{record}.jsonl").open("a") as stream:
+            stream.writelines(json.dumps(dict(row)) + "\n" for row in rows)
+
+    def truncate(self, last_round: int) -> None:
+        """Drop the lines of rounds after ``last_round``, and a torn last line: a resumed run writes them again."""
+        for record in RECORDS:
+            path = self.path / f"{record}.jsonl"
+            if not path.is_file():
+                continue
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    break  # torn by a kill; every line after it belongs to a later round
+                if row["round"] <= last_round:
+                    kept.append(line + "\n")
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text("".join(kept))
+            os.replace(scratch, path)
+
+    def write_info(self, **fields: Any) -> None:
+        """Set fields of ``run.json``; the others stay."""
+        write_json(self.read_info() | fields, self.path / "run.json")
+
+    def read_info(self) -> dict[str, Any]:
+        """The fields of ``run.json``; empty before the first write."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,322 @@
+"""What a replica hosts: one model with slots that takes on one client after another.
+
+It knows neither Ray nor rounds: a task comes in, an update goes out. What one client leaves in the slots cannot reach the next,
+because every task starts by loading all of them anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import fedgraft.aggregation  # noqa: F401  (registers the methods)
+from fedgraft.data.batches import eval_batches, train_batches
+from fedgraft.data.prepared import PreparedData, TokenizedSplit
+from fedgraft.errors import FedgraftError
+from fedgraft.moe.base import load_tokenizer, open_base
+from fedgraft.moe.families import model_facts
+from fedgraft.platform.ledger import describe, refuse_private
+from fedgraft.platform.state_store import ClientStateStore
+from fedgraft.protocols import Engine, Method, TrainResult, TrainSpec
+from fedgraft.registry import METHODS, load_entry_points, load_method_file
+from fedgraft.seeding import derive_seed
+from fedgraft.training.decode import decode_greedy, rouge_l
+from fedgraft.training.evaluate import ChoiceTokens, score_batches, score_choices
+from fedgraft.training.torch_engine import TorchEngine
+from fedgraft.types import (
+    FROZEN,
+    PRIVATE,
+    Batch,
+    Broadcast,
+    ClientFailure,
+    ClientTask,
+    ClientUpdate,
+    EvaluationReply,
+    EvaluationRow,
+    EvaluationTask,
+    Group,
+    ParamRef,
+    Params,
+    Weighted,
+)
+
+__all__ = ["ClientWorker", "WorkerSpec"]
+
+_CALIBRATION_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """Everything a replica needs to build its worker; small, and the same for all replicas of a run.
+
+    ``base_folder`` and ``data_folder`` are read through memory maps; ``state_folder`` holds the clients' private state.
+    ``method`` are the method's options as JSON values, so that a user's own class need not travel between processes. ``train``
+    carries the optimiser's numbers, its learning rate replaced by each round's.
+    """
+
+    base_folder: Path
+    data_folder: Path
+    state_folder: Path
+    method: Mapping[str, Any]
+    method_files: tuple[Path, ...]
+    run_seed: int
+    batch_size: int
+    train: TrainSpec
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = 1
+    evaluation_batch_size: int = 32
+    max_new_tokens: int = 32
+    max_generate: int | None = None
+
+    def build(self) -> ClientWorker:
+        """Make the worker in this process."""
+        return ClientWorker(self)
+
+
+class _Session:
+    """One client on this replica for one task; see ``fedgraft.protocols.Session``."""
+
+    def __init__(self, worker: ClientWorker, task: ClientTask | EvaluationTask, client_id: int, broadcast: Broadcast) -> None:
+        self._worker = worker
+        self._client_id = client_id
+        self.engine: Engine = worker.engine
+        self.task = task
+        self.private: Params = {}
+        self.diagnostics: dict[str, Any] = {}
+        self.received: Params = {key: broadcast.params[key] for key in task.keys}
+        self.received_extras: Params = {key: broadcast.extras[key] for key in task.extra_keys} | task.extras
+        self.groups: Mapping[str, Group] = worker.groups
+
+    @property
+    def _train(self) -> TokenizedSplit:
+        return self._worker.data.split(self._client_id, "train")
+
+    @property
+    def num_train_examples(self) -> int:
+        return len(self._train)
+
+    def seed(self, purpose: str) -> int:
+        return derive_seed(self._worker.spec.run_seed, purpose, round_idx=self.task.round_idx, client_id=self._client_id)
+
+    def setup_seed(self, purpose: str) -> int:
+        return derive_seed(self._worker.spec.run_seed, purpose, client_id=self._client_id)
+
+    def train_batches(self) -> Iterator[Batch]:
+        assert isinstance(self.task, ClientTask)
+        return train_batches(
+            self._train,
+            self.task.plan.num_steps,
+            self._worker.spec.batch_size,
+            self.seed("batches"),
+            self._worker.pad_token_id,
+        )
+
+    def calibration_batches(self, num_examples: int) -> list[Batch]:
+        # eval_batches sorts by length, so the examples are drawn first, in an order that depends on nothing but the seed.
+        generator = torch.Generator().manual_seed(self.setup_seed("calibration"))
+        chosen = torch.randperm(len(self._train), generator=generator)[:num_examples].sort().values.tolist()
+        return [
+            self._train.batch(chosen[start : start + _CALIBRATION_BATCH], self._worker.pad_token_id)
+            for start in range(0, len(chosen), _CALIBRATION_BATCH)
+        ]
+
+    def retention_batches(self, num_examples: int) -> list[Batch]:
+        retention = self._worker.data.retention
+        if retention is None:
+            return []
+        return list(eval_batches(retention, _CALIBRATION_BATCH, self._worker.pad_token_id, num_examples))
+
+
+class ClientWorker:
+    """A method's model with slots, hosting clients one after another.
+
+    Args:
+        spec: What to build.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        # The bits of a sum depend on the number of threads, so it belongs to the run, not to the machine.
+        torch.set_num_threads(spec.threads)
+        load_entry_points()
+        for path in spec.method_files:
+            load_method_file(path)
+        self.spec = spec
+        self.method: Method = METHODS.parse(spec.method)
+        self.data = PreparedData.open(spec.data_folder)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(spec.base_folder)
+        self.pad_token_id = int(self.tokenizer.pad_token_id)
+        model = open_base(spec.base_folder, spec.device)
+        self.engine = TorchEngine(model, self.method.slots(model_facts(model.config)), spec.run_seed)
+        self._refs: dict[str, ParamRef] = {ref.key: ref for ref in self.engine.refs}
+        self.groups = {ref.key: self.method.group(ref) for ref in self.engine.refs}
+        self.trained = tuple(key for key, group in self.groups.items() if group != FROZEN)
+        self.sent = tuple(key for key in self.trained if self.groups[key].is_sent)
+        self.private = tuple(key for key in self.trained if self.groups[key] == PRIVATE)
+        self._lr_scale = {ref.key: scale for ref in self.engine.refs if (scale := self.method.lr_scale(ref)) != 1.0}
+        self._persisted = tuple(key for key in self.private if self.method.persists_moments(self._refs[key]))
+        self._store = ClientStateStore(spec.state_folder)
+
+    def initial_params(self) -> Params:
+        """Start values of the slots that may be sent; the same on every replica."""
+        return {key: self.engine.initial[key] for key in self.sent}
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the run's record: ``groups`` by key, and the ``frozen_hash`` of the tensors that are no slot."""
+        return {"groups": self.groups, "frozen_hash": self.engine.frozen_hash()}
+
+    def update(self, task: ClientTask, broadcast: Broadcast) -> tuple[ClientUpdate | ClientFailure, Params]:
+        """Host a client for one round.
+
+        Returns:
+            The small half of its reply, and the tensors it sends: deltas by key, and extras as ``extras/<name>``.
+            An error in the client is a ``ClientFailure`` with the stage it happened in.
+        """
+        stage = "setup"
+        started = time.perf_counter()
+        try:
+            session, spec = self._host(task, task.client_id, broadcast, wants_private=True)
+            stage = "train"
+            result = self.method.local(session, lambda: self._train(session, task, spec))
+            stage = "reply"
+            update, tensors = self._reply(session, task, result)
+        except (FedgraftError, ArithmeticError, RuntimeError, ValueError, LookupError, TypeError) as error:
+            text = f"{type(error).__name__}: {error}"
+            return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=text), {}
+        return replace(update, seconds=time.perf_counter() - started), tensors
+
+    def evaluate(self, task: EvaluationTask, broadcast: Broadcast) -> tuple[EvaluationReply, None]:
+        """Judge a global or a personal model on the tasks named."""
+        client_id = 0 if task.client_id is None else task.client_id
+        session, _ = self._host(task, client_id, broadcast, wants_private=task.view == "personal")
+        rows: list[EvaluationRow] = []
+        for name in task.tasks:
+            for metric, value in self._judge(task, name, client_id).items():
+                rows.append(
+                    EvaluationRow(
+                        round_idx=task.round_idx,
+                        view=task.view,
+                        task=name,
+                        client_id=task.client_id,
+                        split=task.split if name == "client" else "test",
+                        metric=metric,
+                        value=value,
+                    )
+                )
+        seen: Mapping[str, object] = {}
+        if task.view == "personal" and self.private:
+            seen = self.method.observe(session)
+        return EvaluationReply(rows=tuple(rows), diagnostics=seen), None
+
+    def _host(
+        self, task: ClientTask | EvaluationTask, client_id: int, broadcast: Broadcast, *, wants_private: bool
+    ) -> tuple[_Session, TrainSpec]:
+        """Load every slot: start values, then what the server sent, then the client's own."""
+        session = _Session(self, task, client_id, broadcast)
+        self.engine.load(self.engine.initial)
+        if wants_private and self.private:
+            if task.state_version is None:
+                session.private = {key: self.engine.initial[key].clone() for key in self.private}
+                self.method.setup(session)
+            else:
+                session.private = self._store.read(client_id, task.state_version)
+        self.engine.load(session.received)
+        self.engine.load({key: session.private[key] for key in self.private if key in session.private})
+        rate = task.plan.learning_rate if isinstance(task, ClientTask) else self.spec.train.learning_rate
+        return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale)
+
+    def _train(self, session: _Session, task: ClientTask, spec: TrainSpec) -> TrainResult:
+        moments = {key.removeprefix("optimizer/"): v for key, v in session.private.items() if key.startswith("optimizer/")}
+        return self.engine.train(
+            session.train_batches(),
+            spec,
+            self.trained,
+            seed=session.seed("dropout"),
+            terms=lambda batch, output: self.method.terms(session, batch, output),
+            after_backward=lambda step: self.method.after_backward(session, step),
+            optimizer_state=moments,
+            keep_optimizer_state=self._persisted,
+        )
+
+    def _reply(self, session: _Session, task: ClientTask, result: TrainResult) -> tuple[ClientUpdate, Params]:
+        """Take the deltas of what is sent, store what is private, and describe the payload."""
+        kept = [key for key in task.keys if key in self.sent]
+        trained = self.engine.read(kept)
+        delta = {key: trained[key] - session.received[key].to(trained[key].dtype) for key in kept}
+        version: int | None = None
+        if self.private:
+            session.private.update(self.engine.read(self.private))
+            session.private.update({f"optimizer/{key}": value for key, value in result.optimizer_state.items()})
+        losses = result.losses
+        update = ClientUpdate(
+            client_id=task.client_id,
+            round_idx=task.round_idx,
+            num_examples=session.num_train_examples,
+            num_steps=len(losses),
+            expert_tokens=result.expert_tokens,
+            metrics={
+                "train_loss": Weighted(total=sum(losses), weight=float(len(losses))),
+                "label_tokens": Weighted(total=float(result.num_label_tokens), weight=1.0),
+            },
+            payload=(),
+        )
+        update, extras = self.method.reply(session, update)
+        if session.private:
+            version = task.round_idx
+            self._store.write(task.client_id, version, session.private)
+        payload = (
+            *describe(delta, self.groups),
+            *describe(extras, {}, kind="extras"),
+            *describe(update.statistics, {}, kind="statistics"),
+        )
+        refuse_private(extras | update.statistics, session.private)
+        diagnostics = dict(update.diagnostics) | session.diagnostics
+        if task.hashes_frozen:
+            diagnostics["frozen_hash"] = self.engine.frozen_hash()
+        update = replace(update, payload=payload, state_version=version, diagnostics=diagnostics)
+        return update, delta | {f"extras/{key}": value for key, value in extras.items()}
+
+    def _judge(self, task: EvaluationTask, name: str, client_id: int) -> dict[str, Weighted]:
+        model, size = self.engine.model, self.spec.evaluation_batch_size
+        if name == "choice":
+            return self._choices(model, size)
+        split = self.data.split(client_id, task.split) if name == "client" else self.data.retention
+        if split is None:
+            return {}
+        found = score_batches(model, eval_batches(split, size, self.pad_token_id))
+        found = {metric: value for metric, value in found.items() if metric in task.metrics}
+        if "rouge_l" in task.metrics and name == "client":
+            found["rouge_l"] = self._rouge(split)
+        return found
+
+    def _rouge(self, split: TokenizedSplit) -> Weighted:
+        count = len(split) if self.spec.max_generate is None else min(len(split), self.spec.max_generate)
+        answers = decode_greedy(
+            self.engine.model,
+            [split.prompt_ids(i).tolist() for i in range(count)],
+            max_new_tokens=self.spec.max_new_tokens,
+            eos_token_id=int(self.tokenizer.eos_token_id),
+            pad_token_id=self.pad_token_id,
+            batch_size=self.spec.evaluation_batch_size,
+        )
+        texts = [str(self.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
+        return rouge_l(texts, [split.response_text(i) for i in range(count)])
+
+    def _choices(self, model: torch.nn.Module, batch_size: int) -> dict[str, Weighted]:
+        asked = self.data.questions
+        if asked is None:
+            return {}
+        questions = [
+            ChoiceTokens(
+                prompt=tuple(asked.prompt_ids(i).tolist()),
+                choices=tuple(tuple(ids.tolist()) for ids in asked.choice_ids(i)),
+                answer=int(asked.answers[i]),
+            )
+            for i in range(len(asked))
+        ]
+        return {"choice_accuracy": score_choices(model, questions, pad_token_id=self.pad_token_id, batch_size=batch_size)}

@@ -1,0 +1,472 @@
+"""An experiment: one or several methods on the same clients, rounds, steps and seeds, each at its own learning rate.
+
+A learning rate is chosen per method from one grid, by the mean NLL of the personal models on the clients' validation splits; the
+test split is never looked at. One rate for all methods misleads: where LoRA is best, full-expert training breaks down.
+
+    <output.folder>/<name>-<time>/
+        config.yaml  comparison.json  report.html
+        data/seed-0/                  tokenised examples
+        <label>/seed-0/               one run; see ``fedgraft.platform.run_folder``
+        search/<label>/lr-0.003/      one try of a rate
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedgraft.actors.hosting import JobContext, Pool, PoolOptions
+from fedgraft.data.prepare import prepare
+from fedgraft.data.prepared import PreparedData
+from fedgraft.errors import CheckpointError, FedgraftError, RunInterrupted
+from fedgraft.moe.base import cache_base, facts_of, load_tokenizer, num_parameters
+from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
+from fedgraft.platform.config import RunConfig
+from fedgraft.platform.launch import launch
+from fedgraft.platform.loading import dump_config, load_config
+from fedgraft.platform.progress import Event
+from fedgraft.platform.report import write_report
+from fedgraft.platform.results import ComparisonResult, RunResult, client_values, read_comparison, read_run
+from fedgraft.platform.rounds import RoundLoop, RunJob
+from fedgraft.platform.run_folder import RunFolder, write_json
+from fedgraft.platform.tracking import Tracker, TrackingConfig
+from fedgraft.platform.worker import WorkerSpec
+from fedgraft.protocols import MethodConfig, TrainSpec
+from fedgraft.registry import METHODS
+
+__all__ = ["Experiment", "num_replicas", "run"]
+
+_PACKAGES = ("fedgraft", "torch", "transformers", "peft", "ray", "deepspeed", "datasets", "mlflow")
+_REPLICA_BYTES = 900 * 2**20
+"""Memory a replica process is counted with on a CPU: about 400 MB of packages, and room for gradients and activations."""
+
+
+def run(
+    config: RunConfig | None = None,
+    *,
+    resume: Path | str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> RunResult | ComparisonResult:
+    """Run an experiment from start to finish, or go on with one.
+
+    Args:
+        config: What to run, as ``load_config`` gives it; ``None`` only with ``resume``.
+        resume: Folder of an experiment that was stopped or killed; finished runs in it are not run again.
+        on_event: Gets events while it runs, in this process.
+
+    Returns:
+        The run, or for several methods or seeds the comparison, as read back from its folder.
+
+    Raises:
+        FedgraftError: With what to do next; what is finished stays in the folder.
+    """
+    if resume is not None:
+        folder = Path(resume).resolve()
+        if not (folder / "config.yaml").is_file():
+            raise CheckpointError(f"{folder} holds no config.yaml", "name the folder of an experiment, e.g. runs/quickstart-...")
+        config = load_config(folder / "config.yaml")
+    elif config is None:
+        raise FedgraftError("nothing to run: neither a config nor a folder to resume was given")
+    else:
+        folder = _new_folder(config)
+        (folder / "config.yaml").write_text(dump_config(config))
+    notify = on_event or (lambda event: None)
+    try:
+        launch(Experiment(str(folder)), config.executor, notify)
+    except RunInterrupted as error:
+        raise RunInterrupted(error.message, f"go on with: fedgraft run --resume {folder}") from None
+    except KeyboardInterrupt:
+        raise RunInterrupted("stopped at once", f"go on with: fedgraft run --resume {folder}") from None
+    result = read_comparison(folder)
+    report = folder / "report.html"
+    notify(Event(kind="done", data={"folder": str(folder), "report": str(report) if report.is_file() else ""}))
+    only = [runs for runs in result.runs.values()]
+    return only[0][0] if len(only) == 1 and len(only[0]) == 1 else result
+
+
+def num_replicas(config: RunConfig, num_clients: int) -> int:
+    """How many replicas a run gets where the config does not say: by cores, memory and cohort; at least 1."""
+    if config.executor.replicas is not None:
+        return config.executor.replicas
+    cores = (os.cpu_count() or 1) // config.executor.threads
+    memory = int(psutil.virtual_memory().available // _REPLICA_BYTES)
+    cohort = min(config.federation.cohort_size or num_clients, num_clients)
+    return max(1, min(cores, memory, cohort))
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """The job of an experiment, as the driver runs it. It carries only its folder: the configuration is read there.
+
+    So a user's own method never has to travel between processes; its file is named in the configuration.
+    """
+
+    folder: str
+
+    def __call__(self, context: JobContext) -> None:
+        """Run everything that is not finished yet, and write the report."""
+        _Execution(Path(self.folder), context).run()
+
+
+class _Execution:
+    """One pass over an experiment's folder."""
+
+    def __init__(self, folder: Path, context: JobContext) -> None:
+        self._folder = folder
+        self._context = context
+        self._config = load_config(folder / "config.yaml")
+        self._methods = self._config.methods()
+        self._cache = self._config.output.cache or default_cache()
+        self._device = _device(self._config)
+
+    def run(self) -> None:
+        config = self._config
+        started = time.time()
+        self._write_comparison("running")
+        base_folder = self._base()
+        tokenizer = load_tokenizer(base_folder)
+        data: dict[int, Path] = {}
+        for seed in config.seeds:
+            data[seed] = self._folder / "data" / f"seed-{seed}"
+            self._stage("preparing the data")
+            prepare(config.data, tokenizer, seed, data[seed])
+        first = PreparedData.open(data[config.seeds[0]])
+        pool = self._context.open_pool(
+            PoolOptions(
+                replicas=num_replicas(config, first.num_clients),
+                threads=config.executor.threads,
+                gpus_per_replica=config.executor.gpus_per_replica,
+                max_failures=config.federation.max_failures,
+                task_timeout_s=config.federation.task_timeout_s,
+                start_timeout_s=config.executor.start_timeout_s,
+            )
+        )
+        try:
+            self._emit("plan", total_rounds=self._total_rounds())
+            self._stage(f"starting {pool.size} replica{'s' if pool.size != 1 else ''}")
+            parent = self._tracker(None, config.name, {"config": config.model_dump(mode="json")}, self._folder)
+            for label, method in self._methods.items():
+                rate = self._search(pool, label, method, base_folder, data[config.seeds[0]])
+                for seed in config.seeds:
+                    self._run(pool, label, method, seed, rate, base_folder, data[seed], parent)
+        finally:
+            pool.close()
+        self._write_comparison("finished", seconds=time.time() - started)
+        artifacts = [self._folder / "config.yaml", self._folder / "comparison.json"]
+        if config.output.report:
+            self._stage("writing the report")
+            result = read_comparison(self._folder)
+            artifacts.append(write_report(result, self._folder / "report.html"))
+        parent.finish("FINISHED", artifacts)
+
+    def _base(self) -> Path:
+        config = self._config
+        source = config.model.source
+        if config.model.is_bundled:
+            self._stage("pre-training the bundled model (once on this machine)")
+            source = str(
+                ensure_bundled_model(
+                    self._cache,
+                    lambda step, total, loss: self._emit("pretrain", step=step, num_steps=total, loss=loss),
+                )
+            )
+        self._stage("opening the base model")
+        return cache_base(source, config.model.dtype, self._cache / "bases", trusts_remote_code=config.model.trust_remote_code)
+
+    def _search(self, pool: Pool, label: str, method: MethodConfig, base: Path, data: Path) -> float:
+        """Choose a method's learning rate; one that was chosen before an interruption is not chosen again."""
+        search = self._config.rate_search
+        if search is None or METHODS.build(method).num_rounds(self._config.federation.rounds) == 0:
+            return self._config.training.learning_rate
+        record = self._folder / "search" / label / "search.json"
+        found = RunFolder(record.parent).read_info()
+        if not found:
+            losses = []
+            for rate in search.rates:
+                folder = record.parent / f"lr-{rate:g}"
+                losses.append(self._try_rate(pool, label, method, rate, folder, base, data))
+            finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
+            best = min(range(len(losses)), key=lambda i: (finite[i], i))
+            found = {
+                "rates": list(search.rates),
+                "validation_nll": losses,
+                "chosen": search.rates[best],
+                "is_edge": best in (0, len(losses) - 1),
+                "rounds": search.rounds,
+            }
+            RunFolder(record.parent).write_info(**found)
+            self._write_comparison("running")
+        if found["is_edge"]:
+            self._emit("note", label, text=f"the best learning rate {found['chosen']:g} is at the edge of the grid")
+        return float(found["chosen"])
+
+    def _try_rate(self, pool: Pool, label: str, method: MethodConfig, rate: float, folder: Path, base: Path, data: Path) -> float:
+        """Mean validation NLL of the personal models after the search's rounds; not a number where training broke down."""
+        search = self._config.rate_search
+        assert search is not None
+        seed = self._config.seeds[0]
+        job = self._job(label, method, seed, rate, folder, base, data, purpose="search", rounds=search.rounds)
+        known = RunFolder(folder).read_info()
+        if known.get("status") != "finished":
+            self._emit("run_started", label, seed=seed, rounds=search.rounds, learning_rate=rate, purpose="search")
+            self._write_run(folder, label, method, seed, rate, data, status="running")
+            self._loop(job, pool, Tracker.start(TrackingConfig(enabled=False), self._folder, label, {})).run()
+            RunFolder(folder).write_info(status="finished")
+            for part in ("clients", "checkpoints"):
+                shutil.rmtree(folder / part, ignore_errors=True)
+        tried = read_run(folder)
+        values = client_values(tried, split="validation")
+        last = values[values["round"] == values["round"].max()]
+        return float(last["value"].mean())
+
+    def _run(
+        self,
+        pool: Pool,
+        label: str,
+        method: MethodConfig,
+        seed: int,
+        rate: float,
+        base: Path,
+        data: Path,
+        parent: Tracker,
+    ) -> None:
+        folder = self._folder / label / f"seed-{seed}"
+        known = RunFolder(folder).read_info()
+        if known.get("status") == "finished":
+            return
+        started = time.time()
+        rounds = METHODS.build(method).num_rounds(self._config.federation.rounds)
+        self._emit("run_started", label, seed=seed, rounds=rounds, learning_rate=rate, purpose="run")
+        self._write_run(folder, label, method, seed, rate, data, status="running")
+        params = {
+            "method": method.model_dump(mode="json"),
+            "seed": seed,
+            "learning_rate": rate,
+            "federation": self._config.federation.model_dump(mode="json"),
+            "data": self._config.data.model_dump(mode="json"),
+            "model": self._config.model.model_dump(mode="json"),
+            "versions": _versions(),
+        }
+        tracker = self._tracker(parent, f"{label}/seed-{seed}", params, folder)
+        job = self._job(label, method, seed, rate, folder, base, data, purpose="run", rounds=rounds)
+        try:
+            self._loop(job, pool, tracker).run()
+        except FedgraftError as error:
+            status = "stopped" if isinstance(error, RunInterrupted) else "failed"
+            RunFolder(folder).write_info(status=status, error=str(error))
+            self._write_comparison(status)
+            tracker.finish("KILLED" if status == "stopped" else "FAILED")
+            raise
+        seconds = float(known.get("seconds", 0.0)) + time.time() - started
+        RunFolder(folder).write_info(status="finished", seconds=seconds)
+        tracker.finish("FINISHED", [folder / "run.json", folder / "metrics.jsonl", folder / "evaluations.jsonl"])
+        self._write_comparison("running")
+        self._emit("run_finished", label, folder=str(folder), seconds=seconds)
+
+    def _job(
+        self,
+        label: str,
+        method: MethodConfig,
+        seed: int,
+        rate: float,
+        folder: Path,
+        base: Path,
+        data: Path,
+        *,
+        purpose: Any,
+        rounds: int,
+    ) -> RunJob:
+        config = self._config
+        training = config.training
+        evaluation = config.evaluation
+        if purpose == "search":
+            evaluation = evaluation.model_copy(update={"every": max(rounds, 1), "at_start": False})
+        worker = WorkerSpec(
+            base_folder=base,
+            data_folder=data,
+            state_folder=RunFolder(folder).state_folder,
+            method=method.model_dump(mode="json"),
+            method_files=tuple(path.resolve() for path in config.method_files),
+            run_seed=seed,
+            batch_size=config.federation.batch_size,
+            train=TrainSpec(
+                learning_rate=rate,
+                optimizer=training.optimizer,
+                weight_decay=training.weight_decay,
+                max_grad_norm=training.max_grad_norm,
+            ),
+            device=self._device,
+            threads=config.executor.threads,
+            evaluation_batch_size=evaluation.batch_size,
+            max_new_tokens=evaluation.max_new_tokens,
+            max_generate=evaluation.max_generate,
+        )
+        return RunJob(
+            label=label,
+            purpose=purpose,
+            folder=folder,
+            worker=worker,
+            learning_rate=rate,
+            rounds=rounds,
+            num_clients=PreparedData.open(data).num_clients,
+            federation=config.federation,
+            evaluation=evaluation,
+            checkpoint_every=rounds if purpose == "search" else config.output.checkpoint_every,
+        )
+
+    def _loop(self, job: RunJob, pool: Pool, tracker: Tracker) -> RoundLoop:
+        return RoundLoop(job, pool, tracker=tracker, emit=self._context.emit, is_stopping=self._context.is_stopping)
+
+    def _write_run(
+        self, folder: Path, label: str, method: MethodConfig, seed: int, rate: float, data: Path, *, status: str
+    ) -> None:
+        """Write what is known before the first round: facts, versions, partition, the resolved config."""
+        opened = PreparedData.open(data)
+        record = RunFolder(folder)
+        source = self._config.model.source
+        described = METHODS.build(method)
+        record.write_info(
+            run_id=f"{self._folder.name}/{label}/seed-{seed}",
+            label=label,
+            method=method.name,
+            method_title=described.title,
+            seed=seed,
+            status=status,
+            num_clients=opened.num_clients,
+            client_names=list(opened.client_names),
+            learning_rate=rate,
+            model=self._model_facts(source),
+            versions=_versions(),
+            started_at=record.read_info().get("started_at") or datetime.now().isoformat(timespec="seconds"),
+            data_fingerprint=opened.fingerprint,
+        )
+        write_json(_partition(opened), folder / "partition.json")
+        shutil.copyfile(self._folder / "config.yaml", folder / "config.yaml")
+
+    def _model_facts(self, source: str) -> Mapping[str, Any]:
+        source = source or str(ensure_bundled_model(self._cache, None))
+        facts = facts_of(source, trusts_remote_code=self._config.model.trust_remote_code)
+        count = num_parameters(source, trusts_remote_code=self._config.model.trust_remote_code)
+        return {
+            "name": "bundled" if self._config.model.is_bundled else source,
+            "family": facts.family,
+            "layers": list(facts.layers),
+            "num_experts": facts.num_experts,
+            "top_k": facts.top_k,
+            "hidden_size": facts.hidden_size,
+            "expert_size": facts.expert_size,
+            "num_parameters": count,
+        }
+
+    def _write_comparison(self, status: str, **more: Any) -> None:
+        """Write what the report reads: labels, runs, chosen rates."""
+        config = self._config
+        searches = {}
+        for label in self._methods:
+            found = RunFolder(self._folder / "search" / label).read_info() if config.rate_search else {}
+            if found:
+                searches[label] = found
+        runs = {
+            label: [
+                f"{label}/seed-{seed}" for seed in config.seeds if (self._folder / label / f"seed-{seed}" / "run.json").is_file()
+            ]
+            for label in self._methods
+        }
+        write_json(
+            {
+                "labels": list(self._methods),
+                "base": next((label for label, method in self._methods.items() if method.name == "base"), None),
+                "runs": runs,
+                "rate_search": searches,
+                "seeds": list(config.seeds),
+                "status": status,
+                **more,
+            },
+            self._folder / "comparison.json",
+        )
+
+    def _tracker(self, parent: Tracker | None, name: str, params: Mapping[str, object], folder: Path) -> Tracker:
+        """Start an MLflow run, or go on with the one that the folder remembers."""
+        known = RunFolder(folder).read_info().get("mlflow_run_id")
+        tags = {"fedgraft.folder": str(folder)}
+        tracker = Tracker.start(
+            self._config.tracking,
+            self._config.output.folder.resolve(),
+            name,
+            params,
+            tags,
+            parent_run_id=parent.run_id if parent is not None else None,
+            run_id=known,
+        )
+        if tracker.run_id is not None:
+            RunFolder(folder).write_info(mlflow_run_id=tracker.run_id)
+        return tracker
+
+    def _total_rounds(self) -> int:
+        config = self._config
+        total = 0
+        for method in self._methods.values():
+            rounds = METHODS.build(method).num_rounds(config.federation.rounds)
+            total += rounds * len(config.seeds)
+            if rounds and config.rate_search is not None:
+                total += config.rate_search.rounds * len(config.rate_search.rates)
+        return total
+
+    def _stage(self, text: str) -> None:
+        self._emit("stage", text=text)
+
+    def _emit(self, kind: str, label: str = "", **data: object) -> None:
+        self._context.emit(Event(kind=kind, label=label, data=data))
+
+
+def _new_folder(config: RunConfig) -> Path:
+    """Make the experiment's folder: its name and the time, and a number where two start in one second."""
+    root = config.output.folder.resolve()
+    stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1000):
+        folder = root / (stem if number == 0 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise FedgraftError(
+                f"cannot make the run folder {folder}: {error}", "set output.folder to a folder you can write"
+            ) from error
+        return folder
+    raise FedgraftError(f"too many runs called {stem} in {root}", "set name to something else")
+
+
+def _device(config: RunConfig) -> Any:
+    import torch
+
+    if config.engine.device != "auto":
+        return config.engine.device
+    return "cuda" if torch.cuda.is_available() and config.executor.gpus_per_replica > 0 else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES}
+
+
+def _partition(data: PreparedData) -> dict[str, Any]:
+    table = data.partition_table()
+    labels = table["labels"]
+    clients = []
+    for i, name in enumerate(data.client_names):
+        splits = {
+            split: {label: count for label, count in zip(labels, table[split][i], strict=True) if count}  # type: ignore[arg-type]
+            for split in ("train", "validation", "test")
+        }
+        clients.append({"client_id": i, "name": name, **splits})
+    return {"labels": labels, "clients": clients}
