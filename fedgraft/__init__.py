@@ -1,1 +1,74 @@
-"""Personalised federated fine-tuning of Mixture-of-Experts language models, simulated on Ray."""
+"""Personalised federated fine-tuning of Mixture-of-Experts language models, simulated on Ray.
+
+    import fedgraft
+
+    config = fedgraft.load_config("examples/dolly_flex.yaml", ["federation.rounds=3"])
+    result = fedgraft.run(config)
+    result.evaluations      # a data frame; result.folder and result.report name the artifacts
+
+What this module offers is imported when it is first used: ``import fedgraft`` alone costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedgraft.platform.catalogue import MethodInfo, methods
+    from fedgraft.platform.config import RunConfig
+    from fedgraft.platform.doctor import examine
+    from fedgraft.platform.loading import load_config
+    from fedgraft.platform.plan import make_plan
+    from fedgraft.platform.progress import Event
+    from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison, read_run
+    from fedgraft.protocols import Method, MethodConfig
+    from fedgraft.registry import METHODS
+    from fedgraft.tuning.experiment import run
+
+__all__ = [
+    "METHODS",
+    "ComparisonResult",
+    "Event",
+    "Method",
+    "MethodConfig",
+    "MethodInfo",
+    "RunConfig",
+    "RunResult",
+    "examine",
+    "load_config",
+    "make_plan",
+    "methods",
+    "read_comparison",
+    "read_run",
+    "run",
+]
+
+_HOMES = {
+    "METHODS": "fedgraft.registry",
+    "ComparisonResult": "fedgraft.platform.results",
+    "Event": "fedgraft.platform.progress",
+    "Method": "fedgraft.protocols",
+    "MethodConfig": "fedgraft.protocols",
+    "MethodInfo": "fedgraft.platform.catalogue",
+    "RunConfig": "fedgraft.platform.config",
+    "RunResult": "fedgraft.platform.results",
+    "examine": "fedgraft.platform.doctor",
+    "load_config": "fedgraft.platform.loading",
+    "make_plan": "fedgraft.platform.plan",
+    "methods": "fedgraft.platform.catalogue",
+    "read_comparison": "fedgraft.platform.results",
+    "read_run": "fedgraft.platform.results",
+    "run": "fedgraft.tuning.experiment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedgraft' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
