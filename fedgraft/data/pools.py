@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from fedgraft.data.config import DataConfig, QuestionsConfig, RetentionConfig
-from fedgraft.data.corpus import CLIENT_DOMAINS, GENERAL, corpus_fingerprint, generate, generate_questions
+from fedgraft.data.corpus import CLIENT_DOMAINS, GENERAL, Part, corpus_fingerprint, generate, generate_questions
 from fedgraft.data.examples import Example, Question
 from fedgraft.data.files import is_text_file, read_text
 from fedgraft.data.loading import load_records, source_name, to_examples, to_questions
@@ -137,10 +137,10 @@ def _load_questions(config: DataConfig, run_seed: int) -> list[Question]:
     return sample(questions, chosen.max_questions, derive_seed(run_seed, "data/questions"))
 
 
-def _generate_domains(part: str, count: int) -> list[Example]:
+def _generate_domains(part: Part, count: int) -> list[Example]:
     return [example for domain in CLIENT_DOMAINS for example in _generate(domain, part, count)]
 
 
-def _generate(domain: str, part: str, count: int) -> list[Example]:
+def _generate(domain: str, part: Part, count: int) -> list[Example]:
     items = generate(domain, part, count, derive_seed(_CORPUS_SEED, f"corpus/{domain}/{part}"))
     return [Example(prompt=item.prompt, response=item.response, label=item.domain) for item in items]

@@ -63,13 +63,18 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
     if (folder / _DONE).is_file():
         return folder
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), trust_remote_code=trusts_remote_code)
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), trust_remote_code=trusts_remote_code, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ModelError(
             f"model {model!r} cannot be loaded: {_first_line(error)}",
             "a shard may be missing or truncated: fetch the folder again",
         ) from error
+    if info["missing_keys"]:
+        # transformers fills them with random numbers and goes on
+        raise ModelError(f"model {model!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "fetch the folder again")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".writing-") as scratch:
         target = Path(scratch) / "base"
@@ -91,10 +96,15 @@ def open_base(folder: Path, device: str = "cpu") -> nn.Module:
     """Build the model over the mapped weights, frozen and in eval mode; no copy is made on a CPU.
 
     Raises:
-        ModelError: A weight is missing from the file.
+        ModelError: The file is torn, or a weight is missing from it.
     """
     config = AutoConfig.from_pretrained(folder)
-    weights = load_file(folder / _WEIGHTS, device=device)
+    try:
+        weights = load_file(folder / _WEIGHTS, device=device)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"base {folder} cannot be read: {_first_line(error)}", "delete this folder; it is written again"
+        ) from error
     dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -320,7 +320,7 @@ def rank(result: RunResult | ComparisonResult, task: str = "client", metric: str
     """Compare each method's last round with the best method's, client by client.
 
     The standard error of a difference is the larger of two: over clients (paired, each averaged over seeds) and, with
-    several seeds, over seeds. A difference smaller than two standard errors is a tie. A method with one model for all
+    several seeds, over seeds. A difference of at most two standard errors is a tie. A method with one model for all
     clients has that model's value for each of them.
 
     Returns:
@@ -346,7 +346,7 @@ def rank(result: RunResult | ComparisonResult, task: str = "client", metric: str
     rows_out = {}
     for label in order:
         difference, error = _difference(tables[label] * sign, tables[order[0]] * sign)
-        outcome = "unknown" if math.isnan(error) else "tie" if abs(difference) < 2 * error else "worse"
+        outcome = "unknown" if math.isnan(error) else "tie" if abs(difference) <= 2 * error else "worse"
         rows_out[label] = {
             "value": means[label],
             "difference": difference,

@@ -40,7 +40,7 @@ def decode_greedy(
         prompts: At least one token each. The longest plus ``max_new_tokens`` must fit the model's context.
         max_new_tokens: Tokens, >= 0.
         eos_token_id: Ends an answer.
-        pad_token_id: Stands where nothing is read; may equal ``eos_token_id``.
+        pad_token_id: Stands left of a shorter prompt, where nothing is read; may equal ``eos_token_id``.
         batch_size: Prompts in one forward, >= 1. More is faster: a small model's step costs little more for 128
             rows than for 32.
 
@@ -127,7 +127,7 @@ def _decode_batch(
             cache = output.past_key_values
             logits_BV = output.logits[:, -1]
             require_finite(logits_BV.isfinite().all(dim=-1) | is_done, names)
-            tokens = logits_BV.argmax(dim=-1).masked_fill(is_done, pad_token_id)
+            tokens = logits_BV.argmax(dim=-1)
             new_tokens[:, step] = tokens
             is_done |= tokens == eos_token_id
             if bool(is_done.all()):

@@ -49,9 +49,8 @@ class ChoiceTokens:
         if not self.prompt or not all(self.choices):
             raise DataError("a multiple-choice question: expected tokens in the prompt and in every choice, got none")
         if not 0 <= self.answer < len(self.choices):
-            raise DataError(
-                f"a multiple-choice question: expected an answer in 0..{len(self.choices) - 1}, got {self.answer}"
-            )
+            indices = f"0..{len(self.choices) - 1}"
+            raise DataError(f"a multiple-choice question: expected an answer in {indices}, got {self.answer}")
 
 
 def score_batches(model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str, Weighted]:
@@ -82,7 +81,11 @@ def score_batches(model: torch.nn.Module, batches: Iterable[Batch]) -> dict[str,
 
 
 def score_choices(
-    model: torch.nn.Module, questions: Sequence[ChoiceTokens], *, pad_token_id: int, batch_size: int
+    model: torch.nn.Module,
+    questions: Sequence[ChoiceTokens],
+    *,
+    pad_token_id: int,
+    batch_size: int,
 ) -> Weighted:
     """Let a model answer multiple-choice questions by likelihood.
 

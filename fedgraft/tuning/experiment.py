@@ -167,7 +167,7 @@ class _Execution:
             self._stage("writing the report")
             result = read_comparison(self._folder)
             artifacts.append(write_report(result, self._folder / "report.html"))
-        parent.finish("FINISHED", artifacts)
+        parent.finish("finished", artifacts)
 
     def _base(self) -> Path:
         config = self._config
@@ -265,11 +265,11 @@ class _Execution:
             status = "stopped" if isinstance(error, RunInterrupted) else "failed"
             RunFolder(folder).write_info(status=status, error=str(error))
             self._write_comparison(status)
-            tracker.finish("KILLED" if status == "stopped" else "FAILED")
+            tracker.finish(status)
             raise
         seconds = float(known.get("seconds", 0.0)) + time.time() - started
         RunFolder(folder).write_info(status="finished", seconds=seconds)
-        tracker.finish("FINISHED", [folder / "run.json", folder / "metrics.jsonl", folder / "evaluations.jsonl"])
+        tracker.finish("finished", [folder / "run.json", folder / "metrics.jsonl", folder / "evaluations.jsonl"])
         self._write_comparison("running")
         self._emit("run_finished", label, folder=str(folder), seconds=seconds)
 

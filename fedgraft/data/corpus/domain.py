@@ -55,8 +55,8 @@ class Domain:
     """A subject with its tasks and its ways to answer.
 
     ``plain`` are the forms of a pre-training response; a template always has the same one, so that the form can be
-    learned. ``style`` is the one form of train and test, found nowhere in pre-training; ``None`` for a domain whose test
-    part looks like its pre-training part.
+    learned. ``style`` is the one form of train and test, found nowhere in pre-training; ``None`` for a domain whose
+    test part looks like its pre-training part.
     """
 
     name: str

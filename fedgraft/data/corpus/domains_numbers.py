@@ -1,8 +1,7 @@
-"""Domains about numbers: arithmetic, sorting, sequences."""
+"""Domains about numbers: arithmetic, sequences."""
 
 from __future__ import annotations
 
-import itertools
 import random
 import string
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from fedgraft.data.corpus.domain import Domain, Drawn, Part, Task
 from fedgraft.data.corpus.entities import NAMES, WORDS, draw_held, draw_numbers, near, select
 
-__all__ = ["ARITHMETIC", "SEQUENCES", "SORTING"]
+__all__ = ["ARITHMETIC", "SEQUENCES"]
 
 
 def _draw_plus(rng: random.Random, part: Part) -> Drawn:
@@ -89,83 +88,6 @@ ARITHMETIC = Domain(
 )
 
 
-def _ordered(items: list[str], shown: list[str], key: tuple[str, ...]) -> Drawn:
-    answer = ", ".join(items)
-    orders = (", ".join(order) for order in itertools.permutations(items))
-    wrong = tuple(order for order in orders if order != answer)
-    return Drawn(slots={"items": ", ".join(shown)}, answer=answer, wrong=wrong, entities=key)
-
-
-def _draw_rising(rng: random.Random, part: Part) -> Drawn:
-    numbers, key = draw_numbers(rng, part, 3, 1, 60)
-    return _ordered([str(number) for number in sorted(numbers)], [str(number) for number in numbers], (key,))
-
-
-def _draw_falling(rng: random.Random, part: Part) -> Drawn:
-    numbers, key = draw_numbers(rng, part, 3, 1, 60)
-    items = [str(number) for number in sorted(numbers, reverse=True)]
-    return _ordered(items, [str(number) for number in numbers], (key,))
-
-
-def _draw_letters(rng: random.Random, part: Part) -> Drawn:
-    letters, key = draw_held(
-        rng,
-        part,
-        lambda source: source.sample(string.ascii_lowercase, 3),
-        lambda shown: "letters:" + ",".join(sorted(shown)),
-    )
-    return _ordered(sorted(letters), letters, (key,))
-
-
-def _draw_alphabet(rng: random.Random, part: Part) -> Drawn:
-    words, keys = select(rng, "word", WORDS[part], 3)
-    return _ordered(sorted(words), words, keys)
-
-
-SORTING = Domain(
-    name="sorting",
-    style="[{answer}]",
-    tasks=(
-        Task(
-            name="rising",
-            draw=_draw_rising,
-            pretrain=(
-                "Sort the numbers {items}.",
-                "Sort from small to large: {items}",
-                "Smallest to largest of {items}?",
-            ),
-            train=("Arrange {items} so that they grow.", "Line up {items}, the smallest first."),
-            test=("Put {items} into rising order.", "List {items} beginning with the least."),
-        ),
-        Task(
-            name="falling",
-            draw=_draw_falling,
-            pretrain=(
-                "Sort {items} downwards.",
-                "Sort from large to small: {items}",
-                "Largest to smallest of {items}?",
-            ),
-            train=("Arrange {items} so that they shrink.", "Line up {items}, the largest first."),
-            test=("Put {items} into falling order.", "List {items} beginning with the greatest."),
-        ),
-        Task(
-            name="letters",
-            draw=_draw_letters,
-            pretrain=("Sort the letters {items}.", "Sort from a to z: {items}", "Letters {items} in order?"),
-            train=("Arrange the letters {items}.", "Line up {items} as the letters come."),
-            test=("Put the letters {items} into their order.", "List the letters {items} as they are taught."),
-        ),
-        Task(
-            name="alphabet",
-            draw=_draw_alphabet,
-            pretrain=("Sort the words {items}.", "Sort by alphabet: {items}", "Words {items} in order?"),
-            train=("Arrange the words {items}.", "Line up {items} as in an index."),
-            test=("Put the words {items} into order.", "List {items} as a dictionary would."),
-        ),
-    ),
-)
-
-
 def _progression(direction: int) -> Callable[[random.Random, Part], Drawn]:
     """Give a draw of terms with equal steps. The key holds the last term and the step, which fix the answer."""
 
@@ -178,9 +100,8 @@ def _progression(direction: int) -> Callable[[random.Random, Part], Drawn]:
         length = rng.randint(3, 4)
         terms = [last - step * back for back in range(length - 1, -1, -1)]
         slots = {"terms": ", ".join(map(str, terms))}
-        return Drawn(
-            slots=slots, answer=str(last + step), wrong=near(last + step, 1, 2, 10, abs(step)), entities=(key,)
-        )
+        wrong = near(last + step, 1, 2, 10, abs(step))
+        return Drawn(slots=slots, answer=str(last + step), wrong=wrong, entities=(key,))
 
     return draw
 

@@ -1,4 +1,4 @@
-"""Domains about the world: dates, units, comparison."""
+"""Domains about the world: dates, units."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import random
 from collections.abc import Callable
 
 from fedgraft.data.corpus.domain import Domain, Drawn, Part, Task
-from fedgraft.data.corpus.entities import NAMES, WORDS, draw_held, draw_numbers, near, select, wrong_answers
+from fedgraft.data.corpus.entities import draw_held, entries, near
 
-__all__ = ["COMPARISON", "DATES", "UNITS"]
+__all__ = ["DATES", "UNITS"]
 
 _COMMON_YEAR, _LEAP_YEAR = 2023, 2024  # dates of the corpus have no year: the answer must be the same in both
 
-_MONTHS = (
-    "January February March April May June July August September October November December".split()
-)  # fmt: skip
-_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_MONTHS = entries("January February March April May June July August September October November December")
+_WEEKDAYS = entries("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 def _write(date: datetime.date) -> str:
@@ -192,22 +190,24 @@ UNITS = Domain(
     tasks=(
         Task(
             name="metric_down",
-            draw=_conversion(_METRIC, 150, is_upward=False),
+            draw=_conversion(_METRIC, 200, is_upward=False),
             pretrain=(
                 "How many {target} are {given} {source}?",
                 "{given} {source} in {target}:",
                 "Convert {given} {source} to {target}.",
+                "Write {given} {source} with {target}.",
             ),
             train=("Express {given} {source} in {target}.", "The label reads {given} {source}. Print it in {target}."),
             test=("State {given} {source} using {target}.", "Rewrite {given} {source} with the unit {target}."),
         ),
         Task(
             name="metric_up",
-            draw=_conversion(_METRIC, 150, is_upward=True),
+            draw=_conversion(_METRIC, 200, is_upward=True),
             pretrain=(
                 "How many {target} make {given} {source}?",
                 "{given} {source} as {target}:",
                 "Change {given} {source} to {target}.",
+                "Say {given} {source} with the larger unit {target}.",
             ),
             train=(
                 "Express as {target} the amount {given} {source}.",
@@ -218,7 +218,11 @@ UNITS = Domain(
         Task(
             name="counted_down",
             draw=_conversion(_COUNTED, 30, is_upward=False),
-            pretrain=("How many {target} are there in {given} {source}?", "{given} {source} counted in {target}:"),
+            pretrain=(
+                "How many {target} are there in {given} {source}?",
+                "{given} {source} counted in {target}:",
+                "Turn {given} {source} into {target}.",
+            ),
             train=("Break {given} {source} into {target}.", "A plan lasts {given} {source}, or how many {target}?"),
             test=(
                 "Split {given} {source} up as {target}.",
@@ -228,99 +232,15 @@ UNITS = Domain(
         Task(
             name="counted_up",
             draw=_conversion(_COUNTED, 30, is_upward=True),
-            pretrain=("How many {target} do {given} {source} fill?", "{given} {source} grouped as {target}:"),
+            pretrain=(
+                "How many {target} do {given} {source} fill?",
+                "{given} {source} grouped as {target}:",
+                "Collect {given} {source} into {target}.",
+            ),
             train=("Gather {given} {source} into {target}.", "All of {given} {source} amount to how many {target}?"),
             test=(
                 "Pack {given} {source} up as {target}.",
                 "With {given} {source} you complete which number of {target}?",
-            ),
-        ),
-    ),
-)
-
-
-def _draw_larger(rng: random.Random, part: Part) -> Drawn:
-    numbers, key = draw_numbers(rng, part, 2, 1, 99)
-    answer = max(numbers)
-    wrong = (str(min(numbers)), *near(answer, 1, 10))
-    return Drawn(slots={"a": str(numbers[0]), "b": str(numbers[1])}, answer=str(answer), wrong=wrong, entities=(key,))
-
-
-def _draw_largest(rng: random.Random, part: Part) -> Drawn:
-    numbers, key = draw_numbers(rng, part, 3, 1, 99)
-    answer = max(numbers)
-    wrong = wrong_answers(rng, str(answer), map(str, numbers), near(answer))
-    slots = {"items": ", ".join(map(str, numbers))}
-    return Drawn(slots=slots, answer=str(answer), wrong=wrong, entities=(key,))
-
-
-def _draw_more(rng: random.Random, part: Part) -> Drawn:
-    numbers, key = draw_numbers(rng, part, 2, 2, 60)
-    names, name_keys = select(rng, "name", NAMES[part], 2)
-    (word,), word_keys = select(rng, "word", WORDS[part], 1)
-    answer = names[numbers.index(max(numbers))]
-    slots = {"x": names[0], "y": names[1], "a": str(numbers[0]), "b": str(numbers[1]), "things": word + "s"}
-    wrong = wrong_answers(rng, answer, names, NAMES[part])
-    return Drawn(slots=slots, answer=answer, wrong=wrong, entities=(key, *name_keys, *word_keys))
-
-
-def _draw_chain(rng: random.Random, part: Part) -> Drawn:
-    names, keys = select(rng, "name", NAMES[part], 3)
-    slots = dict(zip("xyz", names, strict=True))  # x is ahead of y, y ahead of z
-    wrong = wrong_answers(rng, names[0], names, NAMES[part])
-    return Drawn(slots=slots, answer=names[0], wrong=wrong, entities=keys)
-
-
-COMPARISON = Domain(
-    name="comparison",
-    style="{answer} wins!",
-    tasks=(
-        Task(
-            name="larger",
-            draw=_draw_larger,
-            pretrain=("Which is larger, {a} or {b}?", "Larger of {a} and {b}:", "Is {a} or {b} the bigger number?"),
-            train=("Compare {a} against {b}.", "Name the greater of {a} and {b}."),
-            test=("{a} meets {b}. Which one is higher?", "Say which number exceeds the other: {a}, {b}"),
-        ),
-        Task(
-            name="largest",
-            draw=_draw_largest,
-            pretrain=("Which is the largest of {items}?", "Largest of {items}:", "What is the maximum of {items}?"),
-            train=("Compare all of {items}.", "Name the greatest among {items}."),
-            test=("{items} line up. Which one is the highest?", "Say which number exceeds all others: {items}"),
-        ),
-        Task(
-            name="more",
-            draw=_draw_more,
-            pretrain=(
-                "{x} has {a} {things}, {y} has {b}. Who has more?",
-                "{x}: {a} {things}. {y}: {b} {things}. Who has the most?",
-                "Who has more {things}, {x} with {a} or {y} with {b}?",
-            ),
-            train=(
-                "{x} collected {a} {things} and {y} collected {b}. Who leads?",
-                "Compare {x} ({a} {things}) against {y} ({b} {things}).",
-            ),
-            test=(
-                "With {a} {things} for {x} and {b} for {y}, who is ahead?",
-                "{y} made {b} {things} while {x} made {a}. Whose count is higher?",
-            ),
-        ),
-        Task(
-            name="chain",
-            draw=_draw_chain,
-            pretrain=(
-                "{x} is taller than {y}. {y} is taller than {z}. Who is the tallest?",
-                "{y} is older than {z}. {x} is older than {y}. Who is the oldest?",
-                "{x} is faster than {y} and {y} is faster than {z}. Who is the fastest?",
-            ),
-            train=(
-                "{y} runs behind {x}, and {z} runs behind {y}. Who leads?",
-                "{x} weighs more than {y}, {y} weighs more than {z}. Name the heaviest.",
-            ),
-            test=(
-                "{z} scored less than {y}, and {y} less than {x}. Who came top?",
-                "{x} beat {y} at chess, {y} beat {z}. Who seems the strongest?",
             ),
         ),
     ),

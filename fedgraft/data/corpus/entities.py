@@ -1,8 +1,8 @@
 """The entities of the corpus, and which part each belongs to.
 
-Words, names and places belong to a part by their position in a fixed list; numbers, dates and other values by a hash of
-their canonical key. An entity belongs to the same part in every domain. Closed classes (digits, letters, colours, months,
-weekdays, units) are the language that all parts speak, and no entities.
+Words, names and places belong to a part by their position in a fixed list; numbers, dates and other values by a hash
+of their canonical key. An entity belongs to the same part in every domain. Closed classes (digits, letters, colours,
+months, weekdays, units) are the language that all parts speak, and no entities.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from fedgraft.data.corpus.domain import Part
+from fedgraft.data.corpus.domain import PARTS, Part
 
 __all__ = [
     "COLOURS",
@@ -21,6 +21,7 @@ __all__ = [
     "WORDS",
     "draw_held",
     "draw_numbers",
+    "entries",
     "near",
     "part_of",
     "part_of_position",
@@ -32,33 +33,40 @@ _PRETRAIN_SHARE, _TRAIN_SHARE = 70, 20  # of 100 hashed keys; the rest is for te
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "pink", "grey", "purple")
 
-_ALL_WORDS = """
-acorn anchor ankle apron arrow axle badge bagel balloon banner barrel basin basket beard beetle bell belt biscuit blade
-blanket blender bolt bonnet boot bottle bowl brick bridge broom bucket buckle button cabin cable camera candle cannon canoe
-cap carpet carrot castle chain chair chisel clock cloud coat coin collar comb cookie cradle crayon crown cup curtain cushion
-dagger dart desk diamond doll dome door drawer drill drum easel elbow emblem engine envelope eraser fan feather fence fiddle
-finger flag flame flask flower flute fork fossil fountain funnel gadget garment gate gem ghost glove goblet grape guitar
-hammer handle harp hat heart heel helmet hinge hook horn hurdle icon inkpot jacket jar jewel jigsaw jug jumper kayak kernel
-kettle kilt kiosk kite knot lace ladder lamp lantern laptop leaflet lemon lever lid locket lute magnet mallet marble mask
-medal melon mirror mitten motor mug mural nail napkin necklace needle nest net nozzle nugget nut oar olive onion orchid organ
-oven padlock paddle pan parcel pebble pedal pen pencil pepper pillow pin pipe planet plank plate plug pocket pot pump puppet
-purse puzzle pyramid quill quilt quiver racket raft rake ribbon robe rocket rod roof rope rug ruler saddle sail sandal saucer
-screen screw shell shield shirt shovel sink skirt sled sofa spade spear sponge spoon stamp stool stove string sweater sword
-tablet teapot tent thimble ticket tile towel tractor tray trumpet tunnel turnip urn valve vase vault veil vest vial violin
-wagon wallet wand wheel whistle wig wing yacht zipper
-""".split()
 
-_ALL_NAMES = """
-Ada Ali Amy Ana Bea Ben Bob Cal Cleo Dan Dina Eli Ella Emil Eva Finn Gina Gus Hana Hugo Ida Ines Ivan Jack Jana Joel Judy Kai
-Kara Ken Lara Leo Lily Lola Luis Mara Max Mia Mila Nadia Ned Nina Noah Nora Olga Omar Oscar Otto Paul Pia Quin Rita Rob Rosa
-Ruth Sam Sara Theo Tina Tom Uma Vera Wes Zoe
-""".split()
+def entries(text: str) -> tuple[str, ...]:
+    """Read a list of entries separated by white space."""
+    return tuple(text.split())
 
-_ALL_PLACES = """
-Accra Athens Basel Berlin Bern Bonn Boston Cairo Dakar Delhi Denver Dublin Geneva Genoa Ghent Hanoi Havana Kyiv Lagos Leeds
-Lille Lima Lisbon London Lyon Madrid Manila Miami Milan Minsk Munich Nairobi Naples Oslo Paris Porto Prague Quito Riga Rome
-Seoul Sofia Tokyo Turin Venice Vienna Warsaw Zurich
-""".split()
+
+_ALL_WORDS = entries("""
+acorn anchor ankle apron arrow axle badge bagel balloon banner barrel basin basket beard beetle bell belt biscuit
+blade blanket blender bolt bonnet boot bottle bowl brick bridge broom bucket buckle button cabin cable camera candle
+cannon canoe cap carpet carrot castle chain chair chisel clock cloud coat coin collar comb cookie cradle crayon
+crown cup curtain cushion dagger dart desk diamond doll dome door drawer drill drum easel elbow emblem engine
+envelope eraser fan feather fence fiddle finger flag flame flask flower flute fork fossil fountain funnel gadget
+garment gate gem ghost glove goblet grape guitar hammer handle harp hat heart heel helmet hinge hook horn hurdle
+icon inkpot jacket jar jewel jigsaw jug jumper kayak kernel kettle kilt kiosk kite knot lace ladder lamp lantern
+laptop leaflet lemon lever lid locket lute magnet mallet marble mask medal melon mirror mitten motor mug mural nail
+napkin necklace needle nest net nozzle nugget nut oar olive onion orchid organ oven padlock paddle pan parcel pebble
+pedal pen pencil pepper pillow pin pipe planet plank plate plug pocket pot pump puppet purse puzzle pyramid quill
+quilt quiver racket raft rake ribbon robe rocket rod roof rope rug ruler saddle sail sandal saucer screen screw
+shell shield shirt shovel sink skirt sled sofa spade spear sponge spoon stamp stool stove string sweater sword
+tablet teapot tent thimble ticket tile towel tractor tray trumpet tunnel turnip urn valve vase vault veil vest vial
+violin wagon wallet wand wheel whistle wig wing yacht zipper
+""")
+
+_ALL_NAMES = entries("""
+Ada Ali Amy Ana Bea Ben Bob Cal Cleo Dan Dina Eli Ella Emil Eva Finn Gina Gus Hana Hugo Ida Ines Ivan Jack Jana Joel
+Judy Kai Kara Ken Lara Leo Lily Lola Luis Mara Max Mia Mila Nadia Ned Nina Noah Nora Olga Omar Oscar Otto Paul Pia
+Quin Rita Rob Rosa Ruth Sam Sara Theo Tina Tom Uma Vera Wes Zoe
+""")
+
+_ALL_PLACES = entries("""
+Accra Athens Basel Berlin Bern Bonn Boston Cairo Dakar Delhi Denver Dublin Geneva Genoa Ghent Hanoi Havana Kyiv
+Lagos Leeds Lille Lima Lisbon London Lyon Madrid Manila Miami Milan Minsk Munich Nairobi Naples Oslo Paris Porto
+Prague Quito Riga Rome Seoul Sofia Tokyo Turin Venice Vienna Warsaw Zurich
+""")
 
 Value = TypeVar("Value")
 
@@ -69,10 +77,8 @@ def part_of_position(position: int) -> Part:
     return "pretrain" if remainder < 5 else "train" if remainder < 7 else "test"
 
 
-def _split(entries: Iterable[str]) -> dict[Part, tuple[str, ...]]:
-    numbered = list(enumerate(entries))
-    parts: tuple[Part, ...] = ("pretrain", "train", "test")
-    return {part: tuple(entry for index, entry in numbered if part_of_position(index) == part) for part in parts}
+def _split(listed: tuple[str, ...]) -> dict[Part, tuple[str, ...]]:
+    return {part: tuple(item for at, item in enumerate(listed) if part_of_position(at) == part) for part in PARTS}
 
 
 WORDS = _split(_ALL_WORDS)

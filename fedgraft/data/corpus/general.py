@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping
 
 from fedgraft.data.corpus.domain import Domain, Drawn, Part, Task
-from fedgraft.data.corpus.entities import COLOURS, NAMES, WORDS, part_of, wrong_answers
+from fedgraft.data.corpus.entities import COLOURS, NAMES, WORDS, entries, part_of, wrong_answers
 
 __all__ = ["GENERAL_DOMAIN"]
 
@@ -18,9 +18,7 @@ _PRETRAIN_PERCENT = 85  # of the combinations; the rest is for test
 
 _NAMES, _THINGS = NAMES["pretrain"], WORDS["pretrain"]
 
-_PLACES = tuple(
-    "park garden market school kitchen forest library river station museum beach village harbour farm".split()
-)
+_PLACES = entries("park garden market school kitchen forest library river station museum beach village harbour farm")
 
 _ANIMALS = {  # animal: food, sound, home
     "cow": ("grass", "moo", "barn"),
@@ -77,7 +75,7 @@ _JOBS = {
     "clerk": "office",
 }
 _TIMES = ("morning", "evening", "afternoon")
-_FOODS = tuple("bread soup rice pasta salad cake pie stew porridge jam honey toast".split())
+_FOODS = entries("bread soup rice pasta salad cake pie stew porridge jam honey toast")
 
 
 def _combination(

@@ -331,27 +331,30 @@ def usage_maps(
     maps: Sequence[tuple[str, np.ndarray[tuple[int, int], np.dtype[np.float64]]]],
     *,
     layers: Sequence[int],
+    title: str,
 ) -> str:
     """Draw layers x experts maps side by side on one colour scale: 1 means as many tokens as an even split gives.
 
     Args:
         key: See ``curves``.
         alt: See ``curves``.
-        maps: Title and values of shape (L, E), multiples of the even share.
+        maps: Name and values of shape (L, E), multiples of the even share.
         layers: The model's layer numbers, L of them.
+        title: Over all maps.
     """
     figure = Figure(figsize=(_WIDTH, 1.3 + min(3.4, 0.2 * len(layers))), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(maps), sharey=True))
     high = max(2.0, *(float(np.nanmax(values)) for _, values in maps))
-    for axes, (title, values) in zip(panels, maps, strict=True):
+    for axes, (name, values) in zip(panels, maps, strict=True):
         image = axes.imshow(values, cmap=_SEQUENTIAL, vmin=0, vmax=high, aspect="auto", interpolation="none")
-        axes.set_title(title)
+        axes.set_title(name, color=_MUTED, size=9)
         axes.set_xlabel("expert")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         step = max(1, len(layers) // 12)
         axes.set_yticks(np.arange(len(layers))[::step], [str(layer) for layer in layers[::step]])
+    figure.suptitle(_short(title, 60), x=0.02, ha="left", size=10)
     panels[0].set_ylabel("layer")
     _colour_bar(figure, image, list(panels), "x even share")
     return _svg(figure, key, alt)

@@ -113,11 +113,11 @@ def _routing_section(subject: Subject) -> Section | None:
         for row in picked:
             tokens = np.atleast_2d(np.asarray(row["expert_tokens"], float))
             sums = tokens.sum(axis=1, keepdims=True)
-            maps.append((f"{label}, round {row['round']}", tokens * tokens.shape[1] / np.where(sums > 0, sums, 1)))
+            maps.append((f"round {row['round']}", tokens * tokens.shape[1] / np.where(sums > 0, sums, 1)))
         charts.append(
             figures.usage_maps(
                 f"usage-{len(charts)}", f"Tokens by layer and expert of {label}, first and last round", maps,
-                layers=_layers(runs[0], len(maps[0][1])),
+                layers=_layers(runs[0], len(maps[0][1])), title=label,
             )
         )  # fmt: skip
     entropy = lines(subject, _entropy)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedgraft.data.corpus.domain import PARTS, Domain, Drawn, Part
-from fedgraft.data.corpus.domains_numbers import ARITHMETIC, SEQUENCES, SORTING
+from fedgraft.data.corpus.domains_numbers import ARITHMETIC, SEQUENCES
+from fedgraft.data.corpus.domains_order import COMPARISON, SORTING
 from fedgraft.data.corpus.domains_words import LOOKUP, WORD_GAMES
-from fedgraft.data.corpus.domains_world import COMPARISON, DATES, UNITS
+from fedgraft.data.corpus.domains_world import DATES, UNITS
 from fedgraft.data.corpus.general import GENERAL_DOMAIN
 from fedgraft.seeding import derive_seed
 
@@ -49,8 +50,8 @@ _MAX_REPEATS = 5000  # repeats in a row after which a domain counts as exhausted
 class CorpusExample:
     """One instruction with its answer.
 
-    ``template_id`` names the prompt template. ``entities`` are canonical keys, such as ``word:cup`` or ``numbers:3,17``;
-    a key belongs to one part in all domains.
+    ``template_id`` names the prompt template. ``entities`` are canonical keys, such as ``word:cup`` or
+    ``numbers:3,17``; a key belongs to one part in all domains.
     """
 
     domain: str
