@@ -15,7 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedgraft.platform.catalogue import MethodInfo, methods
+    from fedgraft.platform.catalogue import MethodInfo
+    from fedgraft.platform.catalogue import list_methods as methods
     from fedgraft.platform.config import RunConfig
     from fedgraft.platform.doctor import examine
     from fedgraft.platform.loading import load_config
@@ -62,12 +63,14 @@ _HOMES = {
     "run": "fedgraft.tuning.experiment",
 }
 
+_NAMES = {"methods": "list_methods"}  # a public name that is another one at home
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its home."""
     if name not in _HOMES:
         raise AttributeError(f"module 'fedgraft' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES[name]), _NAMES.get(name, name))
 
 
 def __dir__() -> list[str]:

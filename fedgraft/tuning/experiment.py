@@ -12,6 +12,7 @@ test split is never looked at. One rate for all methods misleads: where LoRA is 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -90,7 +91,7 @@ def run(
     result = read_comparison(folder)
     report = folder / "report.html"
     notify(Event(kind="done", data={"folder": str(folder), "report": str(report) if report.is_file() else ""}))
-    only = [runs for runs in result.runs.values()]
+    only = list(result.runs.values())
     return only[0][0] if len(only) == 1 and len(only[0]) == 1 else result
 
 
@@ -128,6 +129,8 @@ class _Execution:
         self._methods = self._config.methods()
         self._cache = self._config.output.cache or default_cache()
         self._device = _device(self._config)
+        previous = folder / "comparison.json"
+        self._mlflow_run_id = json.loads(previous.read_text()).get("mlflow_run_id") if previous.is_file() else None
 
     def run(self) -> None:
         config = self._config
@@ -154,7 +157,11 @@ class _Execution:
         try:
             self._emit("plan", total_rounds=self._total_rounds())
             self._stage(f"starting {pool.size} replica{'s' if pool.size != 1 else ''}")
-            parent = self._tracker(None, config.name, {"config": config.model_dump(mode="json")}, self._folder)
+            parent = self._tracker(
+                config.name, {"config": config.model_dump(mode="json")}, self._folder, known=self._mlflow_run_id
+            )
+            self._mlflow_run_id = parent.run_id
+            self._write_comparison("running")
             for label, method in self._methods.items():
                 rate = self._search(pool, label, method, base_folder, data[config.seeds[0]])
                 for seed in config.seeds:
@@ -188,12 +195,11 @@ class _Execution:
         search = self._config.rate_search
         if search is None or METHODS.build(method).num_rounds(self._config.federation.rounds) == 0:
             return self._config.training.learning_rate
-        record = self._folder / "search" / label / "search.json"
-        found = RunFolder(record.parent).read_info()
+        found = self._searched(label)
         if not found:
             losses = []
             for rate in search.rates:
-                folder = record.parent / f"lr-{rate:g}"
+                folder = self._folder / "search" / label / f"lr-{rate:g}"
                 losses.append(self._try_rate(pool, label, method, rate, folder, base, data))
             finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
             best = min(range(len(losses)), key=lambda i: (finite[i], i))
@@ -204,11 +210,16 @@ class _Execution:
                 "is_edge": best in (0, len(losses) - 1),
                 "rounds": search.rounds,
             }
-            RunFolder(record.parent).write_info(**found)
+            write_json(found, self._folder / "search" / label / "rates.json")
             self._write_comparison("running")
         if found["is_edge"]:
             self._emit("note", label, text=f"the best learning rate {found['chosen']:g} is at the edge of the grid")
         return float(found["chosen"])
+
+    def _searched(self, label: str) -> dict[str, Any]:
+        """What the search of a method found; empty before it is over."""
+        path = self._folder / "search" / label / "rates.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def _try_rate(self, pool: Pool, label: str, method: MethodConfig, rate: float, folder: Path, base: Path, data: Path) -> float:
         """Mean validation NLL of the personal models after the search's rounds; not a number where training broke down."""
@@ -257,7 +268,8 @@ class _Execution:
             "model": self._config.model.model_dump(mode="json"),
             "versions": _versions(),
         }
-        tracker = self._tracker(parent, f"{label}/seed-{seed}", params, folder)
+        tracker = self._tracker(f"{label}/seed-{seed}", params, folder, known=known.get("mlflow_run_id"), parent=parent.run_id)
+        RunFolder(folder).write_info(mlflow_run_id=tracker.run_id)
         job = self._job(label, method, seed, rate, folder, base, data, purpose="run", rounds=rounds)
         try:
             self._loop(job, pool, tracker).run()
@@ -344,7 +356,7 @@ class _Execution:
             status=status,
             num_clients=opened.num_clients,
             client_names=list(opened.client_names),
-            learning_rate=rate,
+            learning_rate=rate if described.num_rounds(1) else None,  # the base trains at no rate
             model=self._model_facts(source),
             versions=_versions(),
             started_at=record.read_info().get("started_at") or datetime.now().isoformat(timespec="seconds"),
@@ -373,7 +385,7 @@ class _Execution:
         config = self._config
         searches = {}
         for label in self._methods:
-            found = RunFolder(self._folder / "search" / label).read_info() if config.rate_search else {}
+            found = self._searched(label)
             if found:
                 searches[label] = found
         runs = {
@@ -390,27 +402,25 @@ class _Execution:
                 "rate_search": searches,
                 "seeds": list(config.seeds),
                 "status": status,
+                "mlflow_run_id": self._mlflow_run_id,
                 **more,
             },
             self._folder / "comparison.json",
         )
 
-    def _tracker(self, parent: Tracker | None, name: str, params: Mapping[str, object], folder: Path) -> Tracker:
+    def _tracker(
+        self, name: str, params: Mapping[str, object], folder: Path, *, known: str | None, parent: str | None = None
+    ) -> Tracker:
         """Start an MLflow run, or go on with the one that the folder remembers."""
-        known = RunFolder(folder).read_info().get("mlflow_run_id")
-        tags = {"fedgraft.folder": str(folder)}
-        tracker = Tracker.start(
+        return Tracker.start(
             self._config.tracking,
             self._config.output.folder.resolve(),
             name,
             params,
-            tags,
-            parent_run_id=parent.run_id if parent is not None else None,
+            {"fedgraft.folder": str(folder)},
+            parent_run_id=parent,
             run_id=known,
         )
-        if tracker.run_id is not None:
-            RunFolder(folder).write_info(mlflow_run_id=tracker.run_id)
-        return tracker
 
     def _total_rounds(self) -> int:
         config = self._config
@@ -465,7 +475,7 @@ def _partition(data: PreparedData) -> dict[str, Any]:
     clients = []
     for i, name in enumerate(data.client_names):
         splits = {
-            split: {label: count for label, count in zip(labels, table[split][i], strict=True) if count}  # type: ignore[arg-type]
+            split: {label: count for label, count in zip(labels, table[split][i], strict=True) if count}
             for split in ("train", "validation", "test")
         }
         clients.append({"client_id": i, "name": name, **splits})
