@@ -131,7 +131,8 @@ class ParamRef:
 class ModelFacts:
     """What a method may ask of a model before it is loaded: sizes only.
 
-    ``layers`` are the model's own indices of its MoE layers, ascending.
+    ``layers`` are the model's own indices of its MoE layers, ascending. ``num_attention_biases`` are the values of one
+    layer's biases in its attention projections.
     """
 
     family: str
@@ -144,6 +145,7 @@ class ModelFacts:
     attention_size: int
     num_key_value_features: int
     num_layers: int
+    num_attention_biases: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

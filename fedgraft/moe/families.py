@@ -91,6 +91,9 @@ def model_facts(config: Any) -> ModelFacts:
     if not layers:
         raise ModelError(f"this {family.model_type} model has no MoE layer", "name a model with experts")
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    attention_size, key_value_size = head_dim * int(config.num_attention_heads), head_dim * int(config.num_key_value_heads)
+    has_output_bias = bool(getattr(config, "attention_bias", False))
+    num_biases = attention_size + 2 * key_value_size if has_output_bias or getattr(config, "qkv_bias", False) else 0
     return ModelFacts(
         family=family.model_type,
         layers=layers,
@@ -99,9 +102,10 @@ def model_facts(config: Any) -> ModelFacts:
         hidden_size=int(config.hidden_size),
         expert_size=int(getattr(config, family.expert_size)),
         norm_topk_prob=family.always_normalises or bool(getattr(config, "norm_topk_prob", False)),
-        attention_size=head_dim * int(config.num_attention_heads),
-        num_key_value_features=head_dim * int(config.num_key_value_heads),
+        attention_size=attention_size,
+        num_key_value_features=key_value_size,
         num_layers=num_layers,
+        num_attention_biases=num_biases + (int(config.hidden_size) if has_output_bias else 0),
     )
 
 

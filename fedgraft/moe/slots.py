@@ -106,7 +106,8 @@ def count_slot_elements(facts: ModelFacts, slots: Slots) -> dict[str, int]:
         "experts": num_moe * facts.num_experts * ((hidden + 2 * expert) + (expert + hidden)),
     }
     weights = {
-        "attention": facts.num_layers * 2 * hidden * (facts.attention_size + facts.num_key_value_features),
+        "attention": facts.num_layers
+        * (2 * hidden * (facts.attention_size + facts.num_key_value_features) + facts.num_attention_biases),
         "router": num_moe * hidden * facts.num_experts,
         "experts": num_moe * facts.num_experts * 3 * hidden * expert,
     }

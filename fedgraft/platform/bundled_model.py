@@ -78,14 +78,18 @@ class BundledRecipe:
     """Everything that decides on the bundled model, beside corpus, package versions and number of threads.
 
     ``examples_per_domain`` is drawn from each client domain's pre-training part, ``general_examples`` from the general
-    one's (a larger share: it stands for what the base knows and fine-tuning may forget). ``batch_size`` counts examples.
+    one's (a larger share: it stands for what the base knows and fine-tuning may forget). ``split_fraction`` of the examples
+    are tokenised with the first quarter of the merges only: clients have words that pre-training never saw, which come in
+    small pieces, and the base must know how to handle pieces (after BPE-dropout, Provilkov et al., 2020,
+    https://arxiv.org/abs/1910.13267, but with no random choice inside the tokenizer). ``batch_size`` counts examples.
     """
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
     training: PretrainSpec = field(default_factory=_default_training)
     examples_per_domain: int = 6000
     general_examples: int = 12000
-    batch_size: int = 64
+    split_fraction: float = 0.25
+    batch_size: int = 32
     held_out_examples: int = 48
     seed: int = 0
 
@@ -184,7 +188,7 @@ def _make(folder: Path, recipe: BundledRecipe, on_progress: Progress | None) -> 
     started, started_cpu = time.perf_counter(), time.process_time()
     examples = _pretraining_examples(recipe)
     tokenizer = _train_tokenizer(examples, recipe.sizes)
-    sequences = _encode(tokenizer, examples, recipe.sizes.max_positions)
+    sequences = _encode_for_training(tokenizer, examples, recipe)
     config = bundled_hf_config(recipe.sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "bundled/init"))
@@ -229,6 +233,10 @@ def _train_tokenizer(examples: Sequence[CorpusExample], sizes: ModelSizes) -> Pr
         show_progress=False,
     )
     backend.train_from_iterator((text for item in examples for text in (item.prompt, item.response)), trainer)
+    return _wrap(backend, sizes)
+
+
+def _wrap(backend: Tokenizer, sizes: ModelSizes) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|pad|>",
@@ -244,6 +252,20 @@ def _train_tokenizer(examples: Sequence[CorpusExample], sizes: ModelSizes) -> Pr
 def _encode(tokenizer: PreTrainedTokenizerFast, examples: Sequence[CorpusExample], max_length: int) -> list[TokenSequence]:
     """Tokenise as fine-tuning does, so that the base knows the very form it is fine-tuned in."""
     return encode_all(tokenizer, [Example(prompt=item.prompt, response=item.response) for item in examples], max_length)
+
+
+def _encode_for_training(
+    tokenizer: PreTrainedTokenizerFast, examples: Sequence[CorpusExample], recipe: BundledRecipe
+) -> list[TokenSequence]:
+    """Tokenise the training examples, a share of them with fewer merges; see ``BundledRecipe``."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["merges"] = content["model"]["merges"][: len(content["model"]["merges"]) // 4]
+    splitting = _wrap(Tokenizer.from_str(json.dumps(content)), recipe.sizes)
+    rng = np.random.default_rng(derive_seed(recipe.seed, "bundled/split"))
+    is_split = rng.random(len(examples)) < recipe.split_fraction
+    whole = _encode(tokenizer, examples, recipe.sizes.max_positions)
+    split = _encode(splitting, examples, recipe.sizes.max_positions)
+    return [fine if chosen else coarse for coarse, fine, chosen in zip(whole, split, is_split, strict=True)]
 
 
 def _batches(sequences: Sequence[TokenSequence], recipe: BundledRecipe, pad: int) -> Iterator[Batch]:

@@ -194,9 +194,7 @@ def _parse(text: str, lines: dict[KeyPath, int], found: list[Found], source: str
     raise ConfigError(source, (problem,))
 
 
-def _note_lines(
-    node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], found: list[Found], active: set[int]
-) -> None:
+def _note_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], found: list[Found], active: set[int]) -> None:
     if id(node) in active:
         return  # an alias inside its own anchor; refused later, in ``_plain``
     active.add(id(node))
@@ -227,9 +225,7 @@ def _plain(value: Any, path: KeyPath, found: list[Found], active: frozenset[int]
         return None
     if isinstance(value, BaseModel):
         value = {
-            name: getattr(value, name)
-            for name in type(value).model_fields
-            if name in value.model_fields_set or name == "name"
+            name: getattr(value, name) for name in type(value).model_fields if name in value.model_fields_set or name == "name"
         }
     inside = active | {id(value)}
     if isinstance(value, Mapping):

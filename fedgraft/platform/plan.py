@@ -414,9 +414,10 @@ def _method_plan(
         all_rounds = rounds * len(config.seeds) + search_rounds
         steps = all_rounds * cohort * federation.local_steps
         run_bytes = rounds * len(config.seeds) * cohort * 2 * sum(sent.values())
-        flops = steps * federation.batch_size * tokens * flops_per_token(model.active_parameters, active_trained, is_training=True)
+        active = model.active_parameters
         judged = (evaluated or 0) * (1 + -(-rounds // config.evaluation.every)) * len(config.seeds)
-        flops += judged * tokens * flops_per_token(model.active_parameters, active_trained, is_training=False)
+        flops = steps * federation.batch_size * tokens * flops_per_token(active, active_trained, is_training=True)
+        flops += judged * tokens * flops_per_token(active, active_trained, is_training=False)
         seconds = flops / (machine.speed * _EFFICIENCY * min(replicas, max(1, machine.cores // config.executor.threads)))
     return MethodPlan(
         label=label,
@@ -458,11 +459,13 @@ def _num_clients(data: DataConfig) -> int | None:
 
 
 def _tokens_per_example(data: DataConfig) -> int:
-    """Tokens of an example: of the bundled corpus from a sample, at four characters a token; else the longest allowed."""
+    """Tokens of an example: of the bundled corpus from a sample, four characters a token and 8 for the chat template; else
+    the longest allowed.
+    """
     if not data.is_bundled:
         return data.max_length
     texts = [len(each.prompt) + len(each.response) for name in CLIENT_DOMAINS for each in generate(name, "test", 16, 0)]
-    return min(data.max_length, max(8, round(sum(texts) / len(texts) / 4)))
+    return min(data.max_length, 8 + round(sum(texts) / len(texts) / 4))
 
 
 def _evaluated_examples(data: DataConfig, num_clients: int | None) -> int | None:
@@ -475,12 +478,12 @@ def _evaluated_examples(data: DataConfig, num_clients: int | None) -> int | None
     return None if own is None else num_clients * (own + (data.bundled.num_retention if data.is_bundled else 0))
 
 
-def _count(value: int) -> str:
-    for unit in ("", " k", " M", " G"):
-        if value < 1000 or unit == " G":
-            return f"{value:.3g}{unit}" if unit else str(value)
-        value = round(value / 1000, 3)  # type: ignore[assignment]
-    raise AssertionError
+def _count(value: float) -> str:
+    for unit in ("", " k", " M"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} G"
 
 
 def _duration(seconds: float | None) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -58,18 +58,27 @@ def bytes_text(count: float) -> str:
 class Display(ABC):
     """Takes events, as a context manager that is also a callable. An event it does not know is left out."""
 
+    def __init__(self) -> None:
+        self._rounds: dict[str, object] = {}
+
     def __enter__(self) -> Self:
         """Begin to show."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leave the terminal as it was found."""
 
-    @abstractmethod
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        if event.kind == "run_started":
+            self._rounds[event.label] = event.data.get("rounds")
+        elif event.kind == "round" and "rounds" not in event.data and event.label in self._rounds:
+            event = replace(event, data={**event.data, "rounds": self._rounds[event.label]})
+        self.show(event)
+
+    @abstractmethod
+    def show(self, event: Event) -> None:
+        """Show one event, of a round with the number of rounds that its run has."""
 
 
 class LineDisplay(Display):
@@ -81,12 +90,12 @@ class LineDisplay(Display):
     """
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
+        super().__init__()
         self._console = console
         self._quiet = quiet
         self._pretrain_shown = -1
-        self._round_line: dict[str, str] = {}
 
-    def __call__(self, event: Event) -> None:
+    def show(self, event: Event) -> None:
         """Print the event's line, if it has one."""
         if self._quiet and event.kind not in ("failure", "note", "done"):
             return
@@ -112,7 +121,7 @@ class LiveDisplay(Display):
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        super().__init__()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -132,13 +141,11 @@ class LiveDisplay(Display):
         self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leave the last state standing."""
         self._live.stop()
 
-    def __call__(self, event: Event) -> None:
+    def show(self, event: Event) -> None:
         """Update bars and table; print what should stay."""
         data = event.data
         if event.kind in ("stage", "run_started"):

@@ -47,14 +47,15 @@ def _together(results: Sequence[RunResult | ComparisonResult]) -> ComparisonResu
     for result in results:
         folder = result.folder.resolve()
         if isinstance(result, RunResult):
-            entries.append((folder.parent.parent.name if folder.name.startswith("seed-") else folder.name, result.label, (result,)))
+            place = folder.parent.parent if folder.name.startswith("seed-") else folder
+            entries.append((place.name, result.label, (result,)))
         else:
             entries += [(folder.name, label, result.runs[label]) for label in result.labels]
     _check_clients([run for _, _, runs in entries for run in runs])
     used = [label for _, label, _ in entries]
     runs: dict[str, tuple[RunResult, ...]] = {}
-    for place, label, found in entries:
-        name = label if used.count(label) == 1 else f"{place} {label}"
+    for where, label, found in entries:
+        name = label if used.count(label) == 1 else f"{where} {label}"
         runs[name] = runs.get(name, ()) + found
     bases = [result.base for result in results if isinstance(result, ComparisonResult) and result.base in runs]
     return ComparisonResult(folder=Path.cwd(), labels=tuple(runs), base=bases[0] if bases else None, runs=runs)

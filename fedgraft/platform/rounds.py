@@ -187,7 +187,7 @@ class RoundLoop:
         """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times."""
         outcomes: list[ClientUpdate | ClientFailure | None] = [None] * len(tasks)
         handles: list[Any] = [None] * len(tasks)
-        rows: list[Entry] = []
+        rows: list[list[Entry]] = [[] for _ in tasks]
         left = list(range(len(tasks)))
         for attempt in range(1, self._job.federation.max_failures + 1):
             for finished in self._pool.map("update", [tasks[i] for i in left], shared):
@@ -195,7 +195,9 @@ class RoundLoop:
                 task = tasks[position]
                 outcomes[position] = self._check(task, finished)
                 handles[position] = finished.handle
-                rows += self._charge(task, state, outcomes[position], num_tries=finished.num_tries, attempt=attempt)
+                rows[position] += self._charge(
+                    task, state, outcomes[position], num_tries=finished.num_tries, attempt=attempt
+                )
             left = [i for i in left if isinstance(outcomes[i], ClientFailure)]
             if not left:
                 break
@@ -204,7 +206,8 @@ class RoundLoop:
                 self._failures.append(outcome)
                 data = {"client_id": outcome.client_id, "stage": outcome.stage, "error": outcome.error}
                 self._emit(Event(kind="failure", label=self._job.label, data=data))
-        return [outcome for outcome in outcomes if outcome is not None], handles, rows
+        # In cohort order, whoever came first: the ledger is part of what must not depend on the replicas.
+        return [outcome for outcome in outcomes if outcome is not None], handles, [row for each in rows for row in each]
 
     def _check(self, task: ClientTask, finished: Finished) -> ClientUpdate | ClientFailure:
         """Refuse what does not fit the task: a wrong client or round, names or shapes that were not asked for."""

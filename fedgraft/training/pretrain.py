@@ -73,7 +73,7 @@ def weighted_token_loss(model: nn.Module, batch: Batch, spec: PretrainSpec) -> t
     padded on the right, so a causal model cannot see padding from a token that counts, and attention without a mask is
     faster. The router's loss does leave padding out.
     """
-    output = model.model(input_ids=batch.input_ids, use_cache=False, output_router_logits=True)  # type: ignore[operator, union-attr]
+    output = model.model(input_ids=batch.input_ids, use_cache=False, output_router_logits=True)  # type: ignore[operator]
     targets_BS = batch.input_ids[:, 1:]
     counted_BS = batch.attention_mask[:, 1:].bool()
     logits_TV = model.lm_head(output.last_hidden_state[:, :-1][counted_BS])  # type: ignore[operator]
@@ -128,7 +128,8 @@ def pretrain(
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ModelError(f"pre-training: the loss of step {step} is {value}", "lower the learning rate")
-        (loss + spec.router_aux_weight * balance).backward()
+        total = loss + spec.router_aux_weight * balance
+        total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
         optimizer.step()
         losses.append(value)

@@ -1,0 +1,46 @@
+"""Doubles for tests of hosts: an object that answers, dies, hangs or raises when an item says so.
+
+They live in the package because replicas are processes of their own: what they host must be importable there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Double", "Item"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """What a double is to do: answer with ``number``, after it did ``act`` once.
+
+    ``act`` is ``die`` (SIGKILL to its own process), ``hang`` (for an hour), ``raise`` (always, not once) or nothing. ``once``
+    is a file whose presence says that it was done.
+    """
+
+    number: int
+    act: str = ""
+    once: Path | None = None
+
+
+class Double:
+    """Hosted by a pool in tests."""
+
+    def pid(self) -> int:
+        """This process."""
+        return os.getpid()
+
+    def work(self, item: Item, shared: int) -> tuple[int, list[int]]:
+        """Give number + shared, and a large result of it."""
+        if item.act == "raise":
+            raise ValueError(f"item {item.number} is bad")
+        if item.act and item.once is not None and not item.once.exists():
+            item.once.touch()
+            if item.act == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(3600)
+        return item.number + shared, [item.number] * 3

@@ -1,0 +1,199 @@
+"""The command ``fedgraft``. It only calls what ``import fedgraft`` offers; a command imports what it needs when it is run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import fedgraft
+from fedgraft.errors import FedgraftError, RunInterrupted
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fedgraft",
+    help="Personalised federated fine-tuning of Mixture-of-Experts language models, simulated on Ray.",
+    epilog="Exit codes: 0 done, 1 other errors, 2 wrong configuration or input, 3 Ray, 4 a broken promise of a method, "
+    "5 too few clients answered, 6 checkpoint, 130 interrupted.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the command ``fedgraft``."""
+    app()
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"fedgraft {importlib.metadata.version('fedgraft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and end.")
+    ] = False,
+) -> None:
+    pass  # the option's own callback does it
+
+
+@app.command()
+def run(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="A YAML file (without one: the packaged quickstart), then options of it to replace, such as "
+            "federation.rounds=3 or method.name=flex. A first argument with '=' in it is no file. Relative paths, those in "
+            "the file too, are relative to the current directory.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show the resolved configuration and the memory, bytes and time it needs; run nothing."),
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN_FOLDER", help="Go on with a run that was stopped, in its folder.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show failures, notes and the result only.")] = False,
+) -> None:
+    """Run a configuration: one method, or several side by side."""
+    source, overrides = _split(arguments or [])
+    if resume is not None and (arguments or dry_run):
+        raise typer.BadParameter("a resumed run keeps its configuration: give --resume RUN_FOLDER alone", param_hint="--resume")
+    output = Console()
+    with _errors():
+        if resume is None:
+            config = fedgraft.load_config(source, overrides)
+            if dry_run:
+                output.print(fedgraft.make_plan(config))
+                return
+        else:
+            config = None
+        result = _follow(config, resume, quiet, output)
+        _show_result(result, output)
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, options with their descriptions too, as JSON.")] = False,
+) -> None:
+    """List the methods: paper, what each does, and what in it is reconstructed."""
+    with _errors():
+        found = fedgraft.methods()
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(info) for info in found], indent=1))
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for title in ("name", "method and paper", "what it does"):
+        table.add_column(title, overflow="fold")
+    for info in found:
+        what = Text(info.summary)
+        if info.reconstructed:
+            what.append(f"\nreconstructed here: {info.reconstructed}", style="dim")
+        table.add_row(Text(info.name, style="bold"), Text(f"{info.title}\n{info.paper}"), what)
+    console = Console()
+    console.print(table)
+    console.print("Use one with: fedgraft run method.name=NAME", highlight=False)
+
+
+@app.command()
+def doctor(
+    full: Annotated[bool, typer.Option("--full", help="Also start and stop a local Ray.")] = False,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder that runs will lie in.")] = Path("runs"),
+) -> None:
+    """Check packages, cores, memory, GPUs, Ray, MLflow and write access, and say what to do."""
+    with _errors():
+        from fedgraft.platform.doctor import check_table, has_failed
+
+        checks = fedgraft.examine(full=full, runs=runs)
+        Console().print(check_table(checks))
+        if has_failed(checks):
+            raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or comparisons.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file; else report.html in the only folder, or in the current directory."),
+    ] = None,
+) -> None:
+    """Write the report of a run again, or one that compares several runs on the same clients."""
+    with _errors():
+        from fedgraft.platform.reporting import rewrite_report
+
+        path = rewrite_report(folders, output)
+        Console().print(Text(str(path)), soft_wrap=True)
+
+
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Tell the file from the overrides: the first argument is a file unless it has a ``=``."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _follow(config: Any, resume: Path | None, quiet: bool, output: Console) -> Any:
+    from fedgraft.platform.progress import make_display
+
+    with make_display(output, quiet) as display:
+        return fedgraft.run(config, resume=resume, on_event=display)
+
+
+def _show_result(result: Any, output: Console) -> None:
+    """The tables of the last and of the best rounds."""
+    from fedgraft.platform.results import summary_table
+
+    width = max(output.width, 100)
+    for at in ("last", "best"):
+        output.print(summary_table(result, at), width=width, crop=False)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Turn errors into one message on stderr and an exit code; nobody who uses the command sees a traceback."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except RunInterrupted as error:
+        _complain(f"{error.message}; {error.hint}" if error.hint else error.message, "yellow")
+        raise typer.Exit(error.exit_code) from None
+    except FedgraftError as error:
+        _complain(str(error), "red")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _complain("interrupted before the run began; start it again with the same command", "yellow")
+        raise typer.Exit(RunInterrupted.exit_code) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # whoever read our output has gone; typer ends quietly
+        with tempfile.NamedTemporaryFile("w", prefix="fedgraft-bug-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        text = f"this is a bug in fedgraft: {type(error).__name__}: {error}\n  what to do: report it with the file {file.name}"
+        _complain(text, "red")
+        raise typer.Exit(1) from None
+
+
+def _complain(text: str, style: str) -> None:
+    Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)

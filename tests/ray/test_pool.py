@@ -1,0 +1,94 @@
+"""The pool of actors: order does not matter, a dead or hung replica costs a retry, never a result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from fedgraft.actors.hosting import Finished, PoolOptions
+from fedgraft.actors.pool import RayPool
+from fedgraft.actors.testing import Double, Item
+from fedgraft.errors import ClusterError
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def pool() -> Iterator[RayPool]:
+    made = RayPool(PoolOptions(replicas=2, max_failures=2, task_timeout_s=30.0))
+    made.host(Double)
+    yield made
+    made.close()
+
+
+def _run(pool: RayPool, items: list[Item], shared: int = 100) -> dict[int, Finished]:
+    return {finished.index: finished for finished in pool.map("work", items, pool.share(shared))}
+
+
+def test_every_item_is_answered_once_and_large_results_are_fetched_by_handle(pool: RayPool) -> None:
+    found = _run(pool, [Item(number=n) for n in range(7)])
+    assert {index: done.value for index, done in found.items()} == {n: n + 100 for n in range(7)}
+    assert pool.fetch(found[3].handle) == [3, 3, 3]
+    assert all(done.num_tries == 1 for done in found.values())
+
+
+def test_replicas_are_processes_of_their_own(pool: RayPool) -> None:
+    pids = pool.call("pid")
+    assert len(set(pids)) == 2
+    assert os.getpid() not in pids
+
+
+def test_a_new_shared_value_replaces_the_old_one(pool: RayPool) -> None:
+    assert _run(pool, [Item(number=1)], shared=10)[0].value == 11
+    assert _run(pool, [Item(number=1)], shared=20)[0].value == 21
+
+
+def test_a_killed_replica_is_replaced_and_its_item_run_again(pool: RayPool, tmp_path: Path) -> None:
+    before = set(pool.call("pid"))
+    items = [Item(number=n, act="die" if n == 2 else "", once=tmp_path / "died") for n in range(5)]
+    found = _run(pool, items)
+    assert {index: done.value for index, done in found.items()} == {n: n + 100 for n in range(5)}
+    assert found[2].num_tries == 2
+    after = set(pool.call("pid"))
+    assert len(after - before) == 1
+    assert not any(psutil.pid_exists(pid) for pid in before - after)
+
+
+def test_a_hang_ends_at_the_deadline_and_is_run_again(tmp_path: Path) -> None:
+    pool = RayPool(PoolOptions(replicas=1, max_failures=2, task_timeout_s=3.0))
+    pool.host(Double)
+    found = _run(pool, [Item(number=5, act="hang", once=tmp_path / "hung"), Item(number=6)])
+    pool.close()
+    assert (found[0].value, found[0].num_tries) == (105, 2)
+    assert found[1].value == 106
+
+
+def test_an_item_that_always_raises_is_an_error_that_names_the_cause(pool: RayPool) -> None:
+    found = _run(pool, [Item(number=0), Item(number=1, act="raise")])
+    assert found[0].value == 100
+    assert found[1].error is not None
+    assert "item 1 is bad" in found[1].error
+    assert found[1].num_tries == 2
+
+
+def test_more_than_the_cluster_has_is_refused_at_once() -> None:
+    with pytest.raises(ClusterError, match="want 64 CPUs; the cluster has 4"):
+        RayPool(PoolOptions(replicas=64))
+    with pytest.raises(ClusterError, match="GPU"):
+        RayPool(PoolOptions(replicas=1, gpus_per_replica=1.0))
+
+
+def test_closing_ends_the_processes() -> None:
+    pool = RayPool(PoolOptions(replicas=1))
+    pool.host(Double)
+    (pid,) = pool.call("pid")
+    process = psutil.Process(pid)
+    pool.close()
+    psutil.wait_procs([process], timeout=10)
+    assert not process.is_running()
+    assert ray.is_initialized()
