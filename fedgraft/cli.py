@@ -84,7 +84,7 @@ def run(
         if resume is None:
             config = fedgraft.load_config(source, overrides)
             if dry_run:
-                output.print(fedgraft.make_plan(config))
+                _show(fedgraft.make_plan(config), output)
                 return
         else:
             config = None
@@ -164,9 +164,13 @@ def _show_result(result: Any, output: Console) -> None:
     """The tables of the last and of the best rounds."""
     from fedgraft.platform.results import summary_table
 
-    width = max(output.width, 100)
     for at in ("last", "best"):
-        output.print(summary_table(result, at), width=width, crop=False)
+        _show(summary_table(result, at), output)
+
+
+def _show(table: Any, output: Console) -> None:
+    """Print what needs 100 characters a line; a narrower terminal wraps the lines."""
+    Console(width=max(output.width, 100)).print(table)
 
 
 @contextlib.contextmanager

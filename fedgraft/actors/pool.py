@@ -145,13 +145,14 @@ class RayPool:
                 flights[small] = _Flight(index=index, replica=replica, handle=large, deadline=deadline)
             next_deadline = min(flight.deadline for flight in flights.values())
             done, _ = ray.wait(list(flights), num_returns=1, timeout=max(next_deadline - time.monotonic(), 0.0))
-            if not done:
-                done = [min(flights, key=lambda ref: flights[ref].deadline)]
-            ref = done[0]
+            # Nothing by the earliest deadline: the call that it belongs to has run out of time.
+            ref = done[0] if done else min(flights, key=lambda ref: flights[ref].deadline)
             flight = flights.pop(ref)
             error = None
             try:
-                value = ray.get(ref, timeout=0 if time.monotonic() > flight.deadline else None)
+                if not done:
+                    raise GetTimeoutError
+                value = ray.get(ref)
             except RayTaskError as raised:
                 error = f"{type(_cause(raised)).__name__}: {_cause(raised)}"
             except (RayActorError, OwnerDiedError, ObjectLostError) as raised:

@@ -1,7 +1,7 @@
 """Checkpoints of the server's state: safetensors and JSON, checksummed, written whole or not at all.
 
 A checkpoint is a folder ``round-000005`` with ``state.safetensors`` (keys ``params/...``, ``extras/...``, ``memory/...``) and
-``state.json`` (round, notes, the version of every client's private state, the checksum of the tensors). It is written under a
+``state.json`` (round, notes, the version of every client's private state, checksums of all of it). It is written under a
 temporary name and renamed, so a kill leaves the one before it.
 """
 
@@ -44,16 +44,14 @@ def save(folder: Path, checkpoint: Checkpoint, *, store: ClientStateStore, keep:
     scratch = folder / f".writing-{os.getpid()}"
     shutil.rmtree(scratch, ignore_errors=True)
     write_tensors(tensors, scratch / "state.safetensors")
-    write_json(
-        {
-            "round": checkpoint.round_idx,
-            "notes": dict(checkpoint.state.notes),
-            "versions": {str(client): version for client, version in checkpoint.versions.items()},
-            "sha256": _digest(scratch / "state.safetensors"),
-            "private": {str(client): store.digest(client, version) for client, version in checkpoint.versions.items()},
-        },
-        scratch / "state.json",
-    )
+    record = {
+        "round": checkpoint.round_idx,
+        "notes": dict(checkpoint.state.notes),
+        "versions": {str(client): version for client, version in checkpoint.versions.items()},
+        "sha256": _digest(scratch / "state.safetensors"),
+        "private": {str(client): store.digest(client, version) for client, version in checkpoint.versions.items()},
+    }
+    write_json(record | {"record_sha256": _record_digest(record)}, scratch / "state.json")
     target = folder / f"round-{checkpoint.round_idx:06d}"
     shutil.rmtree(target, ignore_errors=True)  # only a resumed run that repeats a round finds it there
     os.replace(scratch, target)
@@ -62,8 +60,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, store: ClientStateStore, keep:
         shutil.rmtree(path)
     needed: dict[int, set[int]] = {}
     for path in kept:
-        for client, version in json.loads((path / "state.json").read_text())["versions"].items():
-            needed.setdefault(int(client), set()).add(version)
+        for client, version in _versions(path).items():
+            needed.setdefault(client, set()).add(version)
     for client, versions in needed.items():
         store.prune(client, versions)
 
@@ -81,7 +79,7 @@ def load_latest(folder: Path, *, store: ClientStateStore) -> Checkpoint | None:
     for path in found:
         try:
             return _load(path, store)
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError, CheckpointError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError, CheckpointError) as error:
             _log.warning("checkpoint %s is refused: %s", path, error)
     if found:
         raise CheckpointError(f"no checkpoint in {folder} is whole", "start the run anew in another folder")
@@ -90,6 +88,8 @@ def load_latest(folder: Path, *, store: ClientStateStore) -> Checkpoint | None:
 
 def _load(path: Path, store: ClientStateStore) -> Checkpoint:
     record = json.loads((path / "state.json").read_text())
+    if _record_digest(record) != record["record_sha256"]:
+        raise CheckpointError(f"{path / 'state.json'} does not have its own checksum")
     digest = _digest(path / "state.safetensors")
     if digest != record["sha256"]:
         raise CheckpointError(f"{path / 'state.safetensors'} has checksum {digest[:12]}, expected {record['sha256'][:12]}")
@@ -103,6 +103,21 @@ def _load(path: Path, store: ClientStateStore) -> Checkpoint:
         parts[kind][key] = value
     state = ServerState(params=parts["params"], extras=parts["extras"], memory=parts["memory"], notes=record["notes"])
     return Checkpoint(round_idx=int(record["round"]), state=state, versions=versions)
+
+
+def _versions(path: Path) -> dict[int, int]:
+    """The private states that a checkpoint needs; none where its record is damaged, as it cannot be loaded then."""
+    try:
+        record = json.loads((path / "state.json").read_text())
+        return {int(client): int(version) for client, version in record["versions"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _record_digest(record: dict[str, object]) -> str:
+    """Checksum of a record as it is read back: JSON turns every key into text."""
+    plain = json.loads(json.dumps({key: value for key, value in record.items() if key != "record_sha256"}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -172,8 +172,8 @@ def _read_text(path: Path) -> str:
 
 def _parse(text: str, lines: dict[KeyPath, int], found: list[Found], source: str) -> Any:
     """Read YAML; note the line of every key, and keys that stand twice."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -189,8 +189,6 @@ def _parse(text: str, lines: dict[KeyPath, int], found: list[Found], source: str
         problem = Problem(path="<file>", value="text that YAML cannot read", expected="YAML", hint=str(error).splitlines()[0])
     except RecursionError:
         problem = Problem(path="<file>", value="values nested too deeply", expected="YAML")
-    finally:
-        loader.dispose()
     raise ConfigError(source, (problem,))
 
 
@@ -254,17 +252,20 @@ def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
             found = Found(path=("<overrides>",), value=show_value(override), expected="key.path=value")
             draft.found.append(found)
             continue
+        twice: list[Found] = []
         try:
-            value = _plain(_parse(text, {}, draft.found, "<overrides>"), tuple(parts), draft.found)
+            value = _plain(_parse(text, {}, twice, "<overrides>"), tuple(parts), draft.found)
         except ConfigError as error:
             hint = error.problems[0].hint
             draft.found.append(Found(path=tuple(parts), value=show_value(text), expected="a YAML value", hint=hint))
+            draft.overridden.append(tuple(parts))
             continue
-        _set(draft, parts, value)
+        draft.found += [replace(each, path=(*parts, *each.path)) for each in twice]
+        draft.overridden.append(_set(draft, parts, value))
 
 
-def _set(draft: _Draft, parts: Sequence[str], value: Any) -> None:
-    """Put a value at a key path. A key that itself has dots is found if it is there already."""
+def _set(draft: _Draft, parts: Sequence[str], value: Any) -> KeyPath:
+    """Put a value at a key path and give the path's keys. A key that itself has dots is found if it is there already."""
     at, rest = draft.tree, list(parts)
     done: KeyPath = ()
     while True:
@@ -280,10 +281,10 @@ def _set(draft: _Draft, parts: Sequence[str], value: Any) -> None:
             kind = "a list" if isinstance(below, list) else "a value"
             text = f"a mapping at {path_text(done)} to set {'.'.join(rest)} in"
             draft.found.append(Found(path=tuple(parts), value=f"{kind} there: {show_value(below)}", expected=text))
-            return
+            return tuple(parts)
         at = below
     at[key] = value
-    draft.overridden.append(done)
+    return done
 
 
 # Building.

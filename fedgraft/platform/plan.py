@@ -173,27 +173,20 @@ class Plan:
         return grid
 
     def _table(self) -> Table:
-        table = Table(title="methods", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        table.add_column("method")
-        for title in (
-            "shared\nvalues",
-            "assigned\nvalues",
-            "private\nvalues",
-            "down a client\nand round",
-            "up and down\nwhole run",
-            "memory of\na replica",
-            "replicas",
-            "rounds",
-            "local steps",
-            "rough\ntime",
-        ):
-            table.add_column(title, justify="right")
+        groups = [group for group in _SHOWN_GROUPS if group != "assigned" or any(each.values(group) for each in self.methods)]
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("method", no_wrap=True)
+        titles = [f"{group}\nvalues" for group in groups]
+        titles += ["down\na round", "whole\nrun", "replica\nmemory", "repli-\ncas", "rounds"]
+        for title in (*titles, "local\nsteps", "rough\ntime"):
+            table.add_column(title, justify="right", no_wrap=True)
         for each in self.methods:
             rounds = f"{each.rounds}+{each.search_rounds}" if each.search_rounds else str(each.rounds)
+            by_group = [f"{group} {bytes_text(size)}" for group, size in each.sent_bytes.items()]
             table.add_row(
                 Text(each.label),
-                *(_count(each.values(group)) for group in _SHOWN_GROUPS),
-                bytes_text(each.bytes_per_round),
+                *(_count(each.values(group)) for group in groups),
+                "\n".join(by_group) if len(by_group) > 1 else bytes_text(each.bytes_per_round),
                 "?" if each.run_bytes is None else bytes_text(each.run_bytes),
                 bytes_text(each.replica_bytes),
                 str(each.replicas),
@@ -205,8 +198,9 @@ class Plan:
 
     def _notes(self) -> Text:
         notes = [
-            "As many bytes come up from a client as go down; extras and statistics of a method are not in it.",
-            f"Memory is beside the mapped weights. Time is for {self.tokens_per_example} tokens an example on this machine.",
+            "down a round: bytes to one client in one round; as many come up. whole run: both ways, all clients, rounds and seeds.",
+            "Extras and statistics, which some methods send beside parameters, are not in it. Memory is beside the weights.",
+            f"Time is for {self.tokens_per_example} tokens an example on this machine.",
         ]
         if any(each.search_rounds for each in self.methods):
             notes.append("rounds + rounds of the learning-rate search; steps and time cover both, bytes the run alone.")

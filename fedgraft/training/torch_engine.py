@@ -124,21 +124,22 @@ class TorchEngine:
                 for term in (terms(batch, output) if terms is not None else {}).values():
                     total = total + term
                 if not torch.isfinite(total):
-                    raise UpdateError(f"the loss of local step {step + 1} is {float(total)}", "lower the learning rate")
+                    raise UpdateError(f"the loss of local step {step + 1} is {float(total.detach())}", "lower the learning rate")
                 if total.requires_grad:
                     total.backward()  # type: ignore[no-untyped-call]
                 if after_backward is not None:
                     after_backward(step)
+                self._clear_gradients(untouched)
                 if spec.max_grad_norm is not None and parameters:
                     torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
                 optimizer.step()
+                self.load(untouched)  # weight decay moves them even without a gradient
                 losses.append(float(loss.detach()))
                 num_examples += batch.num_examples
                 num_label_tokens += int(output.labels.numel())
         self.model.eval()
         kept = self._read_moments(optimizer, keep_optimizer_state)
         optimizer.zero_grad(set_to_none=True)
-        self.load(untouched)
         return TrainResult(
             losses=tuple(losses),
             num_examples=num_examples,
@@ -159,6 +160,14 @@ class TorchEngine:
     def _untouched_slices(self, trained: set[str], keys: set[str]) -> Params:
         """Copies of the slices that share a parameter with a trained one: an optimiser steps whole parameters."""
         return self.read(ref.key for ref in self.refs if ref.name in trained and ref.key not in keys)
+
+    def _clear_gradients(self, slices: Params) -> None:
+        """Zero the gradients of slices that are not trained, so that they count neither for a step nor for the clip."""
+        for key in slices:
+            ref = self._by_key[key]
+            gradient = self._parameters[ref.name].grad
+            if gradient is not None:
+                ref.view(gradient).zero_()
 
     def _optimizer(self, spec: TrainSpec, keys: Sequence[str]) -> torch.optim.Optimizer:
         """One parameter group a learning rate, parameters in the model's order."""

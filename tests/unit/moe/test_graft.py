@@ -120,7 +120,7 @@ def test_row_is_a_wider_softmax_with_the_grafts_always_kept(
         expected = []
         for token in x:
             chances = torch.softmax(rows @ token + bias, dim=0)  # N + G rows
-            kept = [*sorted(range(4), key=lambda e, c=chances: -float(c[e]))[:2], *range(4, 4 + num_grafts)]
+            kept = [*sorted(range(4), key=lambda e, c=chances: -float(c[e].detach()))[:2], *range(4, 4 + num_grafts)]
             mass = sum(chances[e] for e in kept) if norm_topk_prob else 1.0
             parts = [
                 chances[e] / mass * (plain_expert(layer.block, e, token[None])[0] if e < 4 else plain_graft(graft, e - 4, token[None])[0])

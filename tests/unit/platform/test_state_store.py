@@ -1,0 +1,94 @@
+"""Private state comes back as it was written, whole, by version."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedgraft.errors import CheckpointError
+from fedgraft.platform import state_store
+from fedgraft.platform.state_store import ClientStateStore, write_tensors
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ClientStateStore:
+    return ClientStateStore(tmp_path / "clients")
+
+
+def test_versions_and_clients_are_kept_apart(store: ClientStateStore) -> None:
+    for client in (0, 7):
+        for version in (1, 4):
+            store.write(client, version, {"w": torch.tensor([client, version])})
+    for client in (0, 7):
+        for version in (1, 4):
+            assert store.read(client, version)["w"].tolist() == [client, version]
+
+
+def test_every_kind_of_tensor_survives(store: ClientStateStore) -> None:
+    state = {
+        "bfloat16": torch.randn(3, dtype=torch.bfloat16),
+        "int64": torch.tensor([2**62]),
+        "infinite": torch.tensor([float("-inf")]),
+        "scalar": torch.tensor(3.0),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "learned": torch.nn.Parameter(torch.ones(2)),
+        "empty": torch.zeros(0, 4),
+    }
+    store.write(0, 1, state)
+    found = store.read(0, 1)
+    assert set(found) == set(state)
+    for key, value in state.items():
+        assert found[key].dtype == value.dtype
+        assert found[key].equal(value.detach())
+
+
+def test_a_version_written_again_replaces_the_first(store: ClientStateStore) -> None:
+    store.write(3, 2, {"w": torch.zeros(2)})
+    first = store.digest(3, 2)
+    store.write(3, 2, {"w": torch.ones(2)})
+    assert store.read(3, 2)["w"].tolist() == [1.0, 1.0]
+    assert store.digest(3, 2) != first
+    assert store.digest(3, 2) == hashlib.sha256(store.path(3, 2).read_bytes()).hexdigest()
+
+
+def test_a_missing_or_torn_file_is_named(store: ClientStateStore) -> None:
+    with pytest.raises(CheckpointError, match="round-000005") as caught:
+        store.read(1, 5)
+    assert caught.value.hint == "resume from an earlier round"
+    store.write(1, 5, {"w": torch.ones(20)})
+    store.path(1, 5).write_bytes(store.path(1, 5).read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="round-000005"):
+        store.read(1, 5)
+
+
+def test_a_kill_while_writing_leaves_what_was_there(store: ClientStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write(1, 1, {"w": torch.zeros(2)})
+
+    def die(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state_store.os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(1, 1, {"w": torch.ones(2)})
+    monkeypatch.undo()
+    assert store.read(1, 1)["w"].tolist() == [0.0, 0.0]
+    assert [path.name for path in store.path(1, 1).parent.iterdir()] == ["round-000001.safetensors"]
+
+
+def test_prune_keeps_only_what_is_named(store: ClientStateStore) -> None:
+    for client in (1, 2):
+        for version in (1, 2, 3, 10):
+            store.write(client, version, {"w": torch.zeros(1)})
+    store.prune(1, {2, 10, 99})
+    left = [sorted(path.name for path in store.path(client, 1).parent.iterdir()) for client in (1, 2)]
+    assert left[0] == ["round-000002.safetensors", "round-000010.safetensors"]
+    assert len(left[1]) == 4
+    store.prune(5, set())  # a client that never wrote
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    write_tensors({"w": torch.ones(1)}, tmp_path / "a" / "b" / "c.safetensors")
+    assert (tmp_path / "a" / "b" / "c.safetensors").is_file()
