@@ -194,8 +194,8 @@ def _errors() -> Iterator[None]:
             raise  # whoever read our output has gone; typer ends quietly
         with tempfile.NamedTemporaryFile("w", prefix="fedgraft-bug-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
-        text = f"this is a bug in fedgraft: {type(error).__name__}: {error}\n  what to do: report it with the file {file.name}"
-        _complain(text, "red")
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        _complain(f"this is a bug in fedgraft: {what}\n  what to do: report it with the file {file.name}", "red")
         raise typer.Exit(1) from None
 
 

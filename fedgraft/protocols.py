@@ -67,6 +67,13 @@ class MethodConfig(BaseModel):
 
     name: str
 
+    def to_options(self) -> dict[str, Any]:
+        """Give JSON values that ``METHODS.parse`` reads as this config.
+
+        Only what was stated: a config refuses a stated option that has no effect, even at its default.
+        """
+        return {"name": self.name} | self.model_dump(mode="json", exclude_unset=True)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSpec:

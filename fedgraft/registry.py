@@ -60,7 +60,7 @@ class MethodRegistry:
         return self.get(config.name)(config)
 
     def parse(self, options: Mapping[str, Any]) -> Method:
-        """Make the method that a mapping of valid options names, e.g. what ``model_dump`` gave."""
+        """Make the method that a mapping of valid options names, e.g. what ``MethodConfig.to_options`` gave."""
         method = self.get(str(options["name"]))
         return method(method.config_class.model_validate(options))
 

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from scipy.stats import spearmanr
 
+from fedgraft.errors import MethodError
 from fedgraft.moe.families import MoELayer, moe_layers
 from fedgraft.moe.graft import grafts_of
 from fedgraft.moe.scoring import Criterion, ExpertScores, neuron_contributions, observe_experts
@@ -29,7 +30,7 @@ from fedgraft.protocols import AdapterConfig, Method, MethodConfig, Session
 from fedgraft.registry import METHODS
 from fedgraft.types import PRIVATE, SHARED, Batch, GraftSpec, Group, ModelFacts, ParamRef, Slots
 
-__all__ = ["Flex", "FlexConfig"]
+__all__ = ["Flex", "FlexConfig", "num_grafted_layers"]
 
 
 class FlexConfig(MethodConfig):
@@ -96,8 +97,17 @@ class Flex(Method):
     config: FlexConfig
 
     def slots(self, facts: ModelFacts) -> Slots:
-        """The averaged LoRA, and grafts beside every MoE layer; layers that a client leaves out keep a closed gate."""
+        """The averaged LoRA, and grafts beside every MoE layer; layers that a client leaves out keep a closed gate.
+
+        Raises:
+            MethodError: More grafts are asked for than a layer has experts.
+        """
         config = self.config
+        if config.n_graft > facts.num_experts:
+            raise MethodError(
+                f"n_graft is {config.n_graft}, but this model has {facts.num_experts} experts in a layer",
+                f"set n_graft to {facts.num_experts} or less",
+            )
         neurons = max(1, round(config.graft_neuron_fraction * facts.expert_size))
         graft = GraftSpec(
             num_grafts=config.n_graft,
@@ -197,7 +207,7 @@ class Flex(Method):
 
     def _layers_to_graft(self, scores: ExpertScores, losses: dict[int, list[float]], num_layers: int) -> set[int]:
         """The layers with the lowest loss relative to putting out nothing; the lower index among equals."""
-        count = max(1, math.ceil(self.config.graft_layer_fraction * num_layers))
+        count = num_grafted_layers(self.config.graft_layer_fraction, num_layers)
         relative = {index: losses[index][-1] / max(scores.layers[index].zero_loss, 1e-300) for index in losses}
         return set(sorted(relative, key=lambda index: (relative[index], index))[:count])
 
@@ -228,6 +238,11 @@ class Flex(Method):
         up = torch.stack([copy[0] for copy in copies]).to(like_up.dtype).cpu()
         down = torch.stack([copy[1] for copy in copies]).to(like_down.dtype).cpu()
         return up, down
+
+
+def num_grafted_layers(fraction: float, num_layers: int) -> int:
+    """How many of a model's MoE layers a client grafts: the share rounded up, at least one."""
+    return max(1, math.ceil(fraction * num_layers - 1e-9))  # 0.07 * 100 is a little more than 7
 
 
 def _largest_neurons(contributions_EF: torch.Tensor, start: int, count: int) -> list[tuple[int, torch.Tensor]]:

@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedgraft.aggregation.flex import num_grafted_layers
 from fedgraft.moe.slots import count_slot_elements
 from fedgraft.protocols import AdapterConfig, Method, MethodConfig
 from fedgraft.registry import METHODS
@@ -42,7 +43,7 @@ class PrivateLoraConfig(MethodConfig):
 
 def matched_rank(facts: ModelFacts, n_graft: int, layer_fraction: float, neuron_fraction: float) -> int:
     """Rank at which a LoRA on attention has the number of parameters nearest to a graft's, gates included; >= 1."""
-    layers = facts.layers[: max(1, round(layer_fraction * len(facts.layers)))]
+    layers = facts.layers[: num_grafted_layers(layer_fraction, len(facts.layers))]
     neurons = max(1, round(neuron_fraction * facts.expert_size))
     graft = count_slot_elements(facts, Slots(graft=GraftSpec(num_grafts=n_graft, layers=layers, num_neurons=neurons)))
     unit = count_slot_elements(facts, Slots(adapters=(AdapterSpec(name="unit", rank=1, alpha=1.0),)))["attention"]

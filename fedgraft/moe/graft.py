@@ -53,15 +53,16 @@ class Graft(nn.Module):
 
     def gate(self, x_TD: torch.Tensor) -> torch.Tensor:
         """How far each gate opens on each token, (T, G): sigmoid form, or the graft's softmax share in mode ``row``."""
-        scores = F.linear(x_TD, self.gate_weight, self.gate_bias)
+        scores = F.linear(x_TD.to(self.gate_weight.dtype), self.gate_weight, self.gate_bias)
         if self.mode == "row":
-            logits = torch.cat([self._layer[0].router_logits(x_TD), scores], dim=-1).float()
-            return torch.softmax(logits, dim=-1)[:, -scores.shape[-1] :].to(x_TD.dtype)
+            logits = torch.cat([self._layer[0].router_logits(x_TD).float(), scores.float()], dim=-1)
+            return torch.softmax(logits, dim=-1)[:, -scores.shape[-1] :].to(scores.dtype)
         opened = torch.sigmoid(scores)
         return opened / opened.shape[-1] if self.mode == "convex" else opened
 
     def expert_sum(self, x_TD: torch.Tensor, weight_TG: torch.Tensor) -> torch.Tensor:
         """sum_j weight_j(x) P_j(x), (T, D)."""
+        x_TD = x_TD.to(self.down_proj.dtype)
         total = torch.zeros_like(x_TD)
         for j in range(self.gate_up_proj.shape[0]):
             gate, up = F.linear(x_TD, self.gate_up_proj[j]).chunk(2, dim=-1)
@@ -70,13 +71,14 @@ class Graft(nn.Module):
         return total
 
     def forward(self, x_TD: torch.Tensor, output_TD: torch.Tensor) -> torch.Tensor:
-        """Turn the block's output M(x) into y, both (T, D)."""
+        """Turn the block's output M(x) into y, both (T, D); computed in the graft's dtype, given back in the block's."""
+        dtype = output_TD.dtype
         gate_TG = self.gate(x_TD)
         if self.mode == "row":
-            return self._row(x_TD, output_TD, gate_TG)
+            return self._row(x_TD, output_TD, gate_TG).to(dtype)
         if self.mode == "convex":
             output_TD = (1 - gate_TG.sum(dim=-1, keepdim=True)) * output_TD
-        return output_TD + self.expert_sum(x_TD, gate_TG)
+        return (output_TD + self.expert_sum(x_TD, gate_TG)).to(dtype)
 
     def _row(self, x_TD: torch.Tensor, output_TD: torch.Tensor, share_TG: torch.Tensor) -> torch.Tensor:
         """Softmax over N + G rows, the grafts always kept: the routed part shrinks by what the grafts take."""

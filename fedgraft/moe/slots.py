@@ -60,6 +60,10 @@ def add_slots(model: nn.Module, slots: Slots) -> tuple[ParamRef, ...]:
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.set_adapter([name for name in names if name in module.lora_A])
+    for name, parameter in model.named_parameters():
+        # What is trained is float32 whatever the base is; parts trained in full keep the dtype of the model around them.
+        if ".lora_" in name or f".{GRAFT}." in name:
+            parameter.data = parameter.data.float()
     # set_adapter flips requires_grad; a slot is trainable, everything else is not, whatever PEFT thinks.
     refs = tuple(_references(model, layers, slots))
     slot_names = {ref.name for ref in refs}
@@ -82,7 +86,7 @@ def initial_params(model: nn.Module, refs: tuple[ParamRef, ...], run_seed: int) 
             generator = torch.Generator().manual_seed(derive_seed(run_seed, f"initial/{ref.key}"))
             bound = 1 / math.sqrt(value.shape[-1])
             value = (torch.rand(value.shape, generator=generator) * 2 - 1).mul_(bound).to(value.dtype)
-        start[ref.key] = value.cpu()
+        start[ref.key] = value.float().cpu() if value.dtype in (torch.bfloat16, torch.float16) else value.cpu()
     return start
 
 

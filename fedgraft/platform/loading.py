@@ -449,8 +449,9 @@ def _to_yaml(tree: Mapping[str, Any]) -> str:
 
 
 def _gives(tree: Mapping[str, Any], config: RunConfig) -> bool:
+    """Whether a tree is read as this configuration; a method's class may have been loaded anew since, so values count."""
     try:
-        return RunConfig.model_validate(tree) == config
+        return RunConfig.model_validate(tree).model_dump() == config.model_dump()
     except ValueError:
         return False
 

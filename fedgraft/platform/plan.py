@@ -198,7 +198,7 @@ class Plan:
 
     def _notes(self) -> Text:
         notes = [
-            "down a round: bytes to one client in one round; as many come up. whole run: both ways, all clients, rounds and seeds.",
+            "down a round: bytes to one client in one round; as many come up. whole run: both ways, all clients and seeds.",
             "Extras and statistics, which some methods send beside parameters, are not in it. Memory is beside the weights.",
             f"Time is for {self.tokens_per_example} tokens an example on this machine.",
         ]
@@ -433,16 +433,14 @@ def _count_slots(method: Method, hf_config: Any, dtype: str, facts: ModelFacts) 
     model = _on_meta(hf_config, dtype)
     with torch.device("meta"):
         refs: tuple[ParamRef, ...] = add_slots(model, method.slots(facts))
-    parameters = dict(model.named_parameters())
     values: dict[str, int] = {}
-    sizes: dict[str, int] = {}
     active = 0.0
     for ref in refs:
         group = str(method.group(ref).kind)
         values[group] = values.get(group, 0) + ref.num_elements
-        sizes[group] = sizes.get(group, 0) + ref.num_elements * parameters[ref.name].element_size()
         active += ref.num_elements * (facts.top_k / facts.num_experts if ref.part == "experts" else 1.0)
-    counts = (SlotCount(group=group, num_values=values[group], num_bytes=sizes[group]) for group in sorted(values))
+    size = torch.float32.itemsize  # what is trained is sent as float32, whatever the base is
+    counts = (SlotCount(group=group, num_values=values[group], num_bytes=values[group] * size) for group in sorted(values))
     return tuple(counts), round(active)
 
 

@@ -72,7 +72,9 @@ def validate(
         built = kind.model_validate(dict(raw))
     except ValidationError as error:
         details = error.errors(include_url=False)
-        return None, _merge(found + [_translate(kind, raw, detail, prefix, places or {}) for detail in details])
+        return None, _merge(
+            found + [_translate(kind, raw, detail, prefix, places or {}) for detail in details if not _follows(detail, details)]
+        )
     except Exception as error:  # a check of a user's own method class may raise anything
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         found.append(Found(path=prefix, value=show_value(raw), expected="options that its own checks accept", hint=text))
@@ -330,6 +332,14 @@ def _boolean_leaves(raw: object, path: KeyPath) -> Iterator[KeyPath]:
     elif isinstance(raw, list | tuple):
         for idx, value in enumerate(raw):
             yield from _boolean_leaves(value, (*path, idx))
+
+
+def _follows(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is called too short only because entries of it are wrong: pydantic does not count those."""
+    location = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        len(other["loc"]) > len(location) and other["loc"][: len(location)] == location for other in details
+    )
 
 
 def _merge(found: list[Found]) -> list[Found]:

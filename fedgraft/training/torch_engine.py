@@ -48,9 +48,7 @@ def response_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, StepOut
     counted = labels != IGNORE_INDEX
     logits_NV = model.lm_head(hidden_BSD[:, :-1][counted])  # type: ignore[operator]
     labels_N = labels[counted]
-    return F.cross_entropy(logits_NV.float(), labels_N), StepOutput(
-        hidden=hidden_BSD, logits=logits_NV, labels=labels_N
-    )
+    return F.cross_entropy(logits_NV.float(), labels_N), StepOutput(hidden=hidden_BSD, logits=logits_NV, labels=labels_N)
 
 
 class TorchEngine:
@@ -83,11 +81,13 @@ class TorchEngine:
                 ref.view(self._parameters[ref.name].data).copy_(value)
 
     def read(self, keys: Iterable[str]) -> Params:
-        """Copy the tensors of these keys out, on the CPU."""
+        """Copy the tensors of these keys out, on the CPU, as float32 where the model is narrower."""
         found: Params = {}
         for key in keys:
             ref = self._by_key[key]
-            found[key] = ref.view(self._parameters[ref.name].data).detach().cpu().clone()
+            value = ref.view(self._parameters[ref.name].data).detach()
+            wide = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
+            found[key] = value.to(device="cpu", dtype=wide, copy=True)
         return found
 
     def train(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 
 from fedgraft.actors.hosting import JobContext, Pool, PoolOptions
 from fedgraft.data.prepare import prepare
@@ -35,6 +34,7 @@ from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import launch
 from fedgraft.platform.loading import dump_config, load_config
+from fedgraft.platform.plan import MachineFacts, free_memory, num_replicas, usable_cores
 from fedgraft.platform.progress import Event
 from fedgraft.platform.report import write_report
 from fedgraft.platform.results import ComparisonResult, RunResult, client_values, read_comparison, read_run
@@ -45,7 +45,7 @@ from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import MethodConfig, TrainSpec
 from fedgraft.registry import METHODS
 
-__all__ = ["Experiment", "num_replicas", "run"]
+__all__ = ["Experiment", "run"]
 
 _PACKAGES = ("fedgraft", "torch", "transformers", "peft", "ray", "deepspeed", "datasets", "mlflow")
 _REPLICA_BYTES = 900 * 2**20
@@ -95,16 +95,6 @@ def run(
     return only[0][0] if len(only) == 1 and len(only[0]) == 1 else result
 
 
-def num_replicas(config: RunConfig, num_clients: int) -> int:
-    """How many replicas a run gets where the config does not say: by cores, memory and cohort; at least 1."""
-    if config.executor.replicas is not None:
-        return config.executor.replicas
-    cores = (os.cpu_count() or 1) // config.executor.threads
-    memory = int(psutil.virtual_memory().available // _REPLICA_BYTES)
-    cohort = min(config.federation.cohort_size or num_clients, num_clients)
-    return max(1, min(cores, memory, cohort))
-
-
 @dataclass(frozen=True, slots=True)
 class Experiment:
     """The job of an experiment, as the driver runs it. It carries only its folder: the configuration is read there.
@@ -144,9 +134,10 @@ class _Execution:
             self._stage("preparing the data")
             prepare(config.data, tokenizer, seed, data[seed])
         first = PreparedData.open(data[config.seeds[0]])
+        machine = MachineFacts(cores=usable_cores(), memory_bytes=free_memory(), gpus=torch.cuda.device_count(), speed=math.nan)
         pool = self._context.open_pool(
             PoolOptions(
-                replicas=num_replicas(config, first.num_clients),
+                replicas=num_replicas(config, first.num_clients, machine, _REPLICA_BYTES),
                 threads=config.executor.threads,
                 gpus_per_replica=config.executor.gpus_per_replica,
                 max_failures=config.federation.max_failures,
@@ -307,7 +298,7 @@ class _Execution:
             base_folder=base,
             data_folder=data,
             state_folder=RunFolder(folder).state_folder,
-            method=method.model_dump(mode="json"),
+            method=method.to_options(),
             method_files=tuple(path.resolve() for path in config.method_files),
             run_seed=seed,
             batch_size=config.federation.batch_size,
@@ -458,8 +449,6 @@ def _new_folder(config: RunConfig) -> Path:
 
 
 def _device(config: RunConfig) -> Any:
-    import torch
-
     if config.engine.device != "auto":
         return config.engine.device
     return "cuda" if torch.cuda.is_available() and config.executor.gpus_per_replica > 0 else "cpu"

@@ -15,7 +15,7 @@ def test_a_golden_value_recomputed() -> None:
     digest = hashlib.blake2b(b"7|batches|3|2", digest_size=8).hexdigest()
     expected = int(digest, 16) // 2
     assert derive_seed(7, "batches", round_idx=3, client_id=2) == expected
-    assert expected == 7080637408706093713, "a new value here changes every result of every run"
+    assert expected == 898345422263863652, "a new value here changes every result of every run"
     assert derive_seed(7, "x") == derive_seed(7, "x", round_idx=0, client_id=SERVER)
 
 

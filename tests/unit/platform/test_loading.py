@@ -16,6 +16,13 @@ from fedgraft.errors import ConfigError, Problem
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.loading import check_inputs, dump_config, load_config
 from fedgraft.platform.validation import show_value
+from fedgraft.registry import METHODS
+
+
+@pytest.fixture(autouse=True)
+def _registry_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_classes", dict(METHODS._classes))
+
 
 FLEX: dict[str, Any] = {"method": {"name": "flex"}}
 
@@ -489,9 +496,12 @@ def test_a_mutated_config_loads_or_is_a_config_error(seed: int) -> None:
     tree = copy.deepcopy(rng.choice(BASES))
     for _ in range(rng.randint(1, 3)):
         mutate(tree, rng)
+    error: ConfigError | None = None
     try:
         config = load_config(tree, checks_files=rng.random() < 0.5)
-    except ConfigError as error:
+    except ConfigError as caught:
+        error = caught
+    if error is not None:
         assert error.problems
         assert all(problem.path and problem.value and problem.expected for problem in error.problems)
         assert str(error).isascii()

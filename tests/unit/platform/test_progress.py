@@ -126,9 +126,14 @@ def test_unknown_kinds_say_nothing() -> None:
 def test_the_terminal_is_given_back_when_the_run_fails() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=80, _environ={"TERM": "xterm"})
-    with pytest.raises(RuntimeError, match="stop"), make_display(console) as display:
-        display(RUN[0])
-        raise RuntimeError("stop")
+
+    def fail() -> None:
+        with make_display(console) as display:
+            display(RUN[0])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert stream.getvalue().endswith("\x1b[?25h"), "the cursor must be shown again"
 
 

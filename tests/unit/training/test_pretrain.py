@@ -14,7 +14,7 @@ from fedgraft.errors import ModelError
 from fedgraft.training.pretrain import PretrainSpec, learning_rate_at, pretrain, weighted_token_loss
 from fedgraft.types import IGNORE_INDEX, Batch
 
-SPEC = PretrainSpec(num_steps=30, learning_rate=1e-2, warmup_steps=3)
+SPEC = PretrainSpec(num_steps=8, learning_rate=1e-2, warmup_steps=3)
 
 
 def tiny_model(seed: int = 0) -> torch.nn.Module:
@@ -77,7 +77,7 @@ def test_same_settings_give_the_same_bits_and_other_ones_do_not() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, train(SPEC), strict=True))
     for changed in (
         dataclasses.replace(SPEC, learning_rate=2e-2),
-        dataclasses.replace(SPEC, warmup_steps=10),
+        dataclasses.replace(SPEC, warmup_steps=6),
         dataclasses.replace(SPEC, final_lr_fraction=0.5),
         dataclasses.replace(SPEC, betas=(0.8, 0.9)),
         dataclasses.replace(SPEC, weight_decay=0.5),
@@ -126,10 +126,10 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_end() -> None:
 
 
 def test_it_ends_with_a_reason() -> None:
-    with pytest.raises(ModelError, match="expected 30 batches, got 2"):
+    with pytest.raises(ModelError, match="expected 8 batches, got 2"):
         pretrain(tiny_model(), copying(2), SPEC)
     broken = tiny_model()
     with torch.no_grad():
         next(iter(broken.parameters())).fill_(float("nan"))
     with pytest.raises(ModelError, match="loss of step 1 is nan"):
-        pretrain(broken, copying(30), SPEC)
+        pretrain(broken, copying(8), SPEC)
