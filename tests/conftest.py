@@ -374,11 +374,15 @@ def assert_same_bits() -> Callable[[Params, Params], None]:
     """Same keys, dtypes, shapes and bytes."""
 
     def check(found: Params, expected: Params) -> None:
-        assert list(sorted(found)) == list(sorted(expected))
+        assert sorted(found) == sorted(expected)
         for key, value in expected.items():
             other = found[key]
             assert (other.dtype, other.shape) == (value.dtype, value.shape), key
-            same = other.contiguous().view(torch.uint8).equal(value.contiguous().view(torch.uint8)) if value.dim() else other.equal(value)
+            same = (
+                other.contiguous().view(torch.uint8).equal(value.contiguous().view(torch.uint8))
+                if value.dim()
+                else other.equal(value)
+            )
             assert same, f"{key} differs by up to {(other.double() - value.double()).abs().max()}"
 
     return check

@@ -112,6 +112,12 @@ class RunResult:
         return {idx: str(names[idx]) if idx < len(names) else f"client {idx}" for idx in range(count)}
 
     @property
+    def report(self) -> Path | None:
+        """The HTML report of this run, or of the experiment that it is part of; ``None`` where none was written."""
+        found = (self.folder / "report.html", self.folder.parent.parent / "report.html")
+        return next((path for path in found if path.is_file()), None)
+
+    @property
     def has_private(self) -> bool:
         """Whether the method keeps private state on clients."""
         return bool(self.info.get("has_private"))
@@ -138,6 +144,12 @@ class ComparisonResult:
     rate_search: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
     status: str = "finished"
+
+    @property
+    def report(self) -> Path | None:
+        """The HTML report of the comparison; ``None`` where none was written."""
+        path = self.folder / "report.html"
+        return path if path.is_file() else None
 
 
 def read_run(folder: Path | str) -> RunResult:

@@ -163,9 +163,7 @@ def test_another_seed_gives_other_bits(case: str, straight: Any, make_job: Maker
     assert comparable(other)["metrics"][0] not in comparable(straight)["metrics"]
 
 
-def test_what_another_client_left_on_a_worker_does_not_matter(
-    case: str, make_bench: Maker, assert_same_bits: Maker
-) -> None:
+def test_what_another_client_left_on_a_worker_does_not_matter(case: str, make_bench: Maker, assert_same_bits: Maker) -> None:
     alone, crowded = make_bench(options_of(case)), make_bench(options_of(case))
     if not alone.worker.trained:
         return
@@ -178,16 +176,16 @@ def test_what_another_client_left_on_a_worker_does_not_matter(
         crowded.train(2, round_idx, sent)
         here, delta_here = alone.train(0, round_idx, sent)
         assert_same_bits(delta_there, delta_here)
-        assert replace(there, seconds=0, expert_tokens=here.expert_tokens, statistics={}) == replace(here, seconds=0, statistics={})
+        assert replace(there, seconds=0, expert_tokens=here.expert_tokens, statistics={}) == replace(
+            here, seconds=0, statistics={}
+        )
         assert torch.equal(there.expert_tokens, here.expert_tokens)
         assert_same_bits(there.statistics, here.statistics)
         if alone.worker.private:
             assert_same_bits(crowded.private(0), alone.private(0))
 
 
-def test_a_permuted_cohort_gives_the_same_clients_and_nearly_the_same_sum(
-    case: str, make_job: Maker, run_job: Maker
-) -> None:
+def test_a_permuted_cohort_gives_the_same_clients_and_nearly_the_same_sum(case: str, make_job: Maker, run_job: Maker) -> None:
     def permute(order: tuple[int, ...]) -> Any:
         def before(loop: Any) -> None:
             loop._method.select = lambda state, plan, cohort: tuple(cohort[i] for i in order)
@@ -284,7 +282,9 @@ def test_the_ledger_counts_the_payloads_own_bytes(straight: Any) -> None:
         assert +found == +expected
     for row in straight.rows("metrics"):
         for direction in ("up", "down"):
-            assert row[f"bytes_{direction}"] == sum(n for key, n in found.items() if (key[0], key[2]) == (row["round"], direction))
+            assert row[f"bytes_{direction}"] == sum(
+                n for key, n in found.items() if (key[0], key[2]) == (row["round"], direction)
+            )
 
 
 def test_fedavg_costs_two_times_four_bytes_a_parameter(make_job: Maker, run_job: Maker) -> None:
@@ -309,7 +309,9 @@ def test_local_only_and_base_send_nothing(make_job: Maker, run_job: Maker) -> No
 # ---- evaluation does not train
 
 
-def test_judging_a_model_changes_nothing(case: str, straight: Any, make_job: Maker, run_job: Maker, assert_same_bits: Maker) -> None:
+def test_judging_a_model_changes_nothing(
+    case: str, straight: Any, make_job: Maker, run_job: Maker, assert_same_bits: Maker
+) -> None:
     job = make_job(options_of(case))
     watched = replace(job, evaluation=job.evaluation.model_copy(update={"every": 1, "at_start": True, "generate": "end"}))
     busy = run_job(replace(watched, worker=replace(job.worker, max_new_tokens=2, max_generate=2)))
@@ -320,5 +322,9 @@ def test_judging_a_model_changes_nothing(case: str, straight: Any, make_job: Mak
     assert clients == {0, 1, 2}
     last = max(row["round"] for row in rows)
     final = [row for row in rows if row["round"] == last and row["task"] == "client"]
-    expected = [row for row in straight.rows("evaluations") if row["view"] == "personal" and row["metric"] == "nll" and row["task"] == "client"]
+    expected = [
+        row
+        for row in straight.rows("evaluations")
+        if row["view"] == "personal" and row["metric"] == "nll" and row["task"] == "client"
+    ]
     assert final == expected

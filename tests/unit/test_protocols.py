@@ -79,7 +79,10 @@ def test_a_delta_is_added_in_float64_and_keys_without_one_stay() -> None:
     big = torch.tensor([2.0**24], dtype=torch.float32)
     kept = torch.ones(2)
     # In float32, 2^24 + 0.75 + ... would be rounded before the sum is complete; one rounding gives 2^24 + 2.
-    new = add_delta({"w": big, "half": torch.ones(1, dtype=torch.bfloat16), "kept": kept}, {"w": torch.tensor([1.5]).double(), "half": torch.ones(1)})
+    new = add_delta(
+        {"w": big, "half": torch.ones(1, dtype=torch.bfloat16), "kept": kept},
+        {"w": torch.tensor([1.5]).double(), "half": torch.ones(1)},
+    )
     assert new["w"].tolist() == [2.0**24 + 2]
     assert new["w"].dtype == torch.float32
     assert (new["half"].dtype, new["half"].tolist()) == (torch.bfloat16, [2.0])
@@ -93,10 +96,12 @@ def test_weights_by_key_replace_the_default() -> None:
 
 
 def test_metrics_are_summed_by_name() -> None:
-    merged = merge_metrics([
-        update(0, 1, loss=Weighted(total=4.0, weight=2.0)),
-        update(1, 1, loss=Weighted(total=2.0, weight=1.0), tokens=Weighted(total=7.0, weight=1.0)),
-    ])
+    merged = merge_metrics(
+        [
+            update(0, 1, loss=Weighted(total=4.0, weight=2.0)),
+            update(1, 1, loss=Weighted(total=2.0, weight=1.0), tokens=Weighted(total=7.0, weight=1.0)),
+        ]
+    )
     assert merged == {"loss": Weighted(total=6.0, weight=3.0), "tokens": Weighted(total=7.0, weight=1.0)}
 
 

@@ -164,7 +164,9 @@ class Entry:
 @pytest.mark.usefixtures("_clean_methods")
 def test_entry_points_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     def install(found: object) -> None:
-        monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [Entry(found)] if group == "fedgraft.methods" else [])
+        monkeypatch.setattr(
+            importlib.metadata, "entry_points", lambda *, group: [Entry(found)] if group == "fedgraft.methods" else []
+        )
 
     install(Toy)
     load_entry_points()

@@ -15,7 +15,12 @@ from fedgraft.types import FROZEN, IGNORE_INDEX, PRIVATE, SHARED, Batch, ClientT
 
 def test_only_shared_and_assigned_are_sent() -> None:
     assert [group.is_sent for group in (FROZEN, PRIVATE, SHARED, assigned(2, 5))] == [False, False, True, True]
-    assert [str(group) for group in (FROZEN, PRIVATE, SHARED, assigned(2, 5))] == ["frozen", "private", "shared", "assigned(2, 5)"]
+    assert [str(group) for group in (FROZEN, PRIVATE, SHARED, assigned(2, 5))] == [
+        "frozen",
+        "private",
+        "shared",
+        "assigned(2, 5)",
+    ]
     assert assigned(2, 5) == assigned(2, 5) != assigned(2, 4)
 
 

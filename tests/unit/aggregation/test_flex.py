@@ -91,7 +91,7 @@ def brute_choice(make_base: Maker, data_folder: Path, client: int, count: int = 
         kept: tuple[int, ...] = ()
         for _ in range(count):
             free = [e for e in range(4) if e not in kept]
-            kept = (*kept, min(free, key=lambda e: brute_loss(layer.mlp, x, z, (*kept, e))))  # noqa: B023
+            kept = (*kept, min(free, key=lambda e: brute_loss(layer.mlp, x, z, (*kept, e))))
         choice.append(kept)
     return choice
 
@@ -291,7 +291,8 @@ def test_half_of_the_layers_are_those_with_the_lowest_relative_loss(
 
 
 @pytest.mark.parametrize(
-    ("fraction", "num_layers", "expected"), [(0.07, 100, 7), (0.28, 25, 7), (0.5, 24, 12), (0.51, 24, 13), (0.001, 24, 1), (1.0, 24, 24)]
+    ("fraction", "num_layers", "expected"),
+    [(0.07, 100, 7), (0.28, 25, 7), (0.5, 24, 12), (0.51, 24, 13), (0.001, 24, 1), (1.0, 24, 24)],
 )
 def test_the_share_of_layers_is_rounded_up_but_not_by_a_float(fraction: float, num_layers: int, expected: int) -> None:
     assert num_grafted_layers(fraction, num_layers) == expected
@@ -312,7 +313,7 @@ def test_half_of_the_neurons_are_those_that_contribute_most(make_bench: Maker, m
     model: Any = open_base(make_base())
     for layer, sizes in enumerate(contributions(model, data_folder, 0)):
         (expert,) = choice["experts"][layer]
-        picked = sorted(sorted(range(24), key=lambda n: -float(sizes[expert, n]))[:12])  # noqa: B023
+        picked = sorted(sorted(range(24), key=lambda n: -float(sizes[expert, n]))[:12])
         experts = model.model.layers[layer].mlp.experts
         gate, up = experts.gate_up_proj[expert, :24], experts.gate_up_proj[expert, 24:]
         assert torch.equal(start[STEM.format(layer, "gate_up_proj")][0], torch.cat([gate[picked], up[picked]]))
@@ -329,7 +330,7 @@ def test_neurons_may_come_from_several_experts(make_bench: Maker, make_base: Mak
     start, _ = set_up(make_bench(flex(granularity="neuron", n_graft=2, graft_neuron_fraction=0.5)))
     model: Any = open_base(make_base())
     for layer, sizes in enumerate(contributions(model, data_folder, 0)):
-        order = sorted(((e, n) for e in range(4) for n in range(24)), key=lambda en: -float(sizes[en]))  # noqa: B023
+        order = sorted(((e, n) for e in range(4) for n in range(24)), key=lambda en: -float(sizes[en]))
         experts = model.model.layers[layer].mlp.experts
         for place in range(2):
             expected = {tuple(experts.down_proj[e, :, n].tolist()) for e, n in order[12 * place : 12 * (place + 1)]}
@@ -415,7 +416,8 @@ def test_moments_are_kept_only_where_asked_for(make_bench: Maker, assert_same_bi
     assert all(not torch.equal(value, found[2][key]) for key, value in found[0].items() if "proj" in key)
 
 
-@pytest.mark.parametrize(("option", "scaled"),
+@pytest.mark.parametrize(
+    ("option", "scaled"),
     [("graft_lr_scale", ("gate_up_proj", "down_proj")), ("gate_lr_scale", ("gate_weight", "gate_bias"))],
 )
 def test_graft_and_gate_have_rates_of_their_own(option: str, scaled: tuple[str, str], make_bench: Maker) -> None:

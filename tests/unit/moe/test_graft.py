@@ -14,7 +14,9 @@ from fedgraft.moe.graft import Graft, attach_grafts, grafts_of, without_grafts
 from fedgraft.types import Batch, GraftSpec
 
 
-def spec(mode: str = "additive", *, num_grafts: int = 2, neurons: int = 24, layers: tuple[int, ...] = (0, 1), **fields: Any) -> GraftSpec:
+def spec(
+    mode: str = "additive", *, num_grafts: int = 2, neurons: int = 24, layers: tuple[int, ...] = (0, 1), **fields: Any
+) -> GraftSpec:
     return GraftSpec(num_grafts=num_grafts, layers=layers, num_neurons=neurons, mode=mode, **fields)  # type: ignore[arg-type]
 
 
@@ -77,9 +79,7 @@ def test_a_closed_gate_leaves_logits_and_gradients_bit_for_bit(
 
 
 @pytest.mark.parametrize("num_grafts", [1, 3])
-def test_additive_and_convex_formulas(
-    family: str, num_grafts: int, tiny_model: Callable[..., PreTrainedModel]
-) -> None:
+def test_additive_and_convex_formulas(family: str, num_grafts: int, tiny_model: Callable[..., PreTrainedModel]) -> None:
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(2))
     for mode in ("additive", "convex"):
         model: Any = tiny_model(family)
@@ -123,7 +123,9 @@ def test_row_is_a_wider_softmax_with_the_grafts_always_kept(
             kept = [*sorted(range(4), key=lambda e, c=chances: -float(c[e].detach()))[:2], *range(4, 4 + num_grafts)]
             mass = sum(chances[e] for e in kept) if norm_topk_prob else 1.0
             parts = [
-                chances[e] / mass * (plain_expert(layer.block, e, token[None])[0] if e < 4 else plain_graft(graft, e - 4, token[None])[0])
+                chances[e]
+                / mass
+                * (plain_expert(layer.block, e, token[None])[0] if e < 4 else plain_graft(graft, e - 4, token[None])[0])
                 for e in kept
             ]
             expected.append(sum(parts))

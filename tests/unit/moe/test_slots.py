@@ -79,13 +79,16 @@ def test_every_lora_tensor_acts_once_b_is_not_zero(
         assert bool((ref.view(gradient) != 0).any()), f"{ref.key} gets no gradient"
 
 
-@pytest.mark.parametrize("slots", [
-    Slots(adapters=(lora(*PARTS),)),
-    Slots(adapters=(lora("experts"), lora("attention", name="personal", rank=3))),
-    Slots(full=PARTS),
-    Slots(adapters=(lora("attention"),), full=("experts",)),
-    Slots(adapters=(lora("attention"),), graft=GraftSpec(num_grafts=2, layers=(1,), num_neurons=5)),
-])
+@pytest.mark.parametrize(
+    "slots",
+    [
+        Slots(adapters=(lora(*PARTS),)),
+        Slots(adapters=(lora("experts"), lora("attention", name="personal", rank=3))),
+        Slots(full=PARTS),
+        Slots(adapters=(lora("attention"),), full=("experts",)),
+        Slots(adapters=(lora("attention"),), graft=GraftSpec(num_grafts=2, layers=(1,), num_neurons=5)),
+    ],
+)
 def test_references_cover_exactly_what_is_trainable(
     family: str, slots: Slots, tiny_model: Callable[..., PreTrainedModel]
 ) -> None:
@@ -149,9 +152,7 @@ def test_sizes_count_moe_layers_and_biases_only_where_they_are(
         assert sum(count_slot_elements(facts, slots).values()) == sum(ref.num_elements for ref in refs)
 
 
-def test_an_experts_lora_changes_only_tokens_routed_to_it(
-    family: str, tiny_model: Callable[..., PreTrainedModel]
-) -> None:
+def test_an_experts_lora_changes_only_tokens_routed_to_it(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model(family)
     refs = start(model, Slots(adapters=(lora("experts"),)))
     parameters = dict(model.named_parameters())

@@ -43,7 +43,9 @@ def test_private_values_are_refused_under_any_name() -> None:
         refuse_private({"innocent": torch.tensor([1.0, 2.0, 3.0])}, private)
     with pytest.raises(GroupViolation, match="'wide' carries the private 'graft'"):
         refuse_private({"wide": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}, private)
-    refuse_private({"other": torch.tensor([1.0, 2.0, 3.5]), "flat": torch.full((3,), -torch.inf), "n": torch.tensor(1.0)}, private)
+    refuse_private(
+        {"other": torch.tensor([1.0, 2.0, 3.5]), "flat": torch.full((3,), -torch.inf), "n": torch.tensor(1.0)}, private
+    )
 
 
 def test_bytes_by_hand() -> None:

@@ -107,12 +107,18 @@ def test_a_client_that_fails_once_is_tried_again_to_the_same_bits(
     assert ran.private_files() == straight.private_files()
     assert flaky.tries[2, 1] == 3
     rows = [row for row in ran.rows("ledger") if row["round"] == 2 and row["client_id"] == 1]
-    assert Counter((row["direction"], row["is_retry"]) for row in rows) == {("down", False): 1, ("down", True): 2, ("up", False): 1}
+    assert Counter((row["direction"], row["is_retry"]) for row in rows) == {
+        ("down", False): 1,
+        ("down", True): 2,
+        ("up", False): 1,
+    }
     assert len({row["bytes"] for row in rows}) == 1
     assert json.loads((ran.job.folder / "run.json").read_text())["failures"] == []
 
 
-def test_a_client_that_keeps_failing_is_left_out_and_named(make_job: Maker, run_job: Maker, use_method: Callable[..., None]) -> None:
+def test_a_client_that_keeps_failing_is_left_out_and_named(
+    make_job: Maker, run_job: Maker, use_method: Callable[..., None]
+) -> None:
     flaky = Unreliable(times=99)
     use_method(Flex, local=lambda *args: flaky.local(*args))
     ran = run_job(make_job(FLEX, federation={"max_failures": 2}))
@@ -136,7 +142,9 @@ def test_too_few_answers_end_the_run_resumably(
     with pytest.MonkeyPatch.context() as patch:
         flaky = Unreliable(times=99)
         patch.setitem(METHODS._classes, "flex", type("Changed", (Flex,), {"local": lambda *args: flaky.local(*args)}))
-        with pytest.raises(QuorumError, match=r"round 2 of flex: 2 of 3 clients answered.*client 1 failed at train: ValueError: boom"):
+        with pytest.raises(
+            QuorumError, match=r"round 2 of flex: 2 of 3 clients answered.*client 1 failed at train: ValueError: boom"
+        ):
             run_job(job)
     resumed = run_job(job)
     assert_same_bits(resumed.state.params, straight.state.params)
@@ -262,7 +270,9 @@ def test_evaluations_and_checkpoints_keep_their_cadence(make_job: Maker, run_job
     assert sorted(path.name for path in (job.folder / "checkpoints").iterdir()) == ["round-000004", "round-000005"]
     assert [event.data["round"] for event in ran.events if event.kind == "round"] == [1, 2, 3, 4, 5]
     assert [event.data["round"] for event in ran.events if event.kind == "evaluation"] == [0, 2, 4, 5]
-    personal = [row for row in ran.rows("evaluations") if row["round"] == 0 and row["view"] == "personal" and row["task"] == "client"]
+    personal = [
+        row for row in ran.rows("evaluations") if row["round"] == 0 and row["view"] == "personal" and row["task"] == "client"
+    ]
     shared = [row for row in ran.rows("evaluations") if row["round"] == 0 and row["view"] == "global" and row["task"] == "client"]
     assert [replace_view(row) for row in personal] == [replace_view(row) for row in shared]  # nobody has trained yet
     assert len(shared) == 3 * 2

@@ -233,7 +233,13 @@ def test_a_personal_model_has_the_clients_state_and_a_global_one_has_not(make_be
 
     def nll(view: str, client: int, **fields: Any) -> float:
         task = EvaluationTask(
-            round_idx=1, view=view, tasks=("client",), seed=0, keys=tuple(params), client_id=client, **fields  # type: ignore[arg-type]
+            round_idx=1,
+            view=view,
+            tasks=("client",),
+            seed=0,
+            keys=tuple(params),
+            client_id=client,
+            **fields,  # type: ignore[arg-type]
         )
         reply, _ = bench.worker.evaluate(task, Broadcast(round_idx=1, params=params))
         return next(row.value.mean for row in reply.rows if row.metric == "nll")

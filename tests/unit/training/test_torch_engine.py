@@ -63,7 +63,11 @@ def test_training_equals_a_plain_loop(
     result = engine.train(batches, spec, list(engine.initial), seed=0)
 
     plain: Any = tiny_model("qwen2_moe")
-    chosen = {name: parameter.requires_grad_(True) for name, parameter in plain.named_parameters() if "_proj." in name and "attn" in name}
+    chosen = {
+        name: parameter.requires_grad_(True)
+        for name, parameter in plain.named_parameters()
+        if "_proj." in name and "attn" in name
+    }
     kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
     loop = kind(
         [{"params": [p], "lr": 0.03 if "v_proj" in name else 0.01} for name, p in chosen.items()], lr=0.01, weight_decay=0.1
@@ -85,7 +89,9 @@ def test_training_equals_a_plain_loop(
     assert result.num_label_tokens == sum(batch.num_label_tokens for batch in batches)
 
 
-def test_everything_but_the_trained_keys_stays_byte_for_byte(make_engine: Callable[..., TorchEngine], batches: list[Batch]) -> None:
+def test_everything_but_the_trained_keys_stays_byte_for_byte(
+    make_engine: Callable[..., TorchEngine], batches: list[Batch]
+) -> None:
     slots = Slots(
         adapters=(AdapterSpec(name="shared", rank=2, alpha=4.0, targets=("attention", "experts")),),
         graft=GraftSpec(num_grafts=1, layers=(0, 1), num_neurons=4, gate_bias=0.0),
@@ -156,13 +162,17 @@ def test_the_clip_is_over_all_trained_tensors(make_engine: Callable[..., TorchEn
         spec = TrainSpec(learning_rate=1.0, optimizer="sgd", max_grad_norm=limit)
         engine.train(batches[:1], spec, list(engine.initial), seed=0)
         moved = math.sqrt(
-            sum(float((value - engine.initial[key]).double().square().sum()) for key, value in engine.read(engine.initial).items())
+            sum(
+                float((value - engine.initial[key]).double().square().sum()) for key, value in engine.read(engine.initial).items()
+            )
         )
         # One SGD step of rate 1 moves by the gradient, whose norm the clip sets.
         assert moved == pytest.approx(1e-3, rel=1e-2) if limit else moved > 0.01
 
 
-def test_hooks_see_every_step_and_can_change_loss_and_gradient(make_engine: Callable[..., TorchEngine], batches: list[Batch]) -> None:
+def test_hooks_see_every_step_and_can_change_loss_and_gradient(
+    make_engine: Callable[..., TorchEngine], batches: list[Batch]
+) -> None:
     engine = make_engine()
     keys = list(engine.initial)
     steps: list[int] = []
@@ -186,7 +196,9 @@ def test_hooks_see_every_step_and_can_change_loss_and_gradient(make_engine: Call
     assert min(result.losses) > 1  # the response loss is reported without the terms
 
 
-def test_a_loss_that_is_not_finite_is_refused_with_its_step(make_engine: Callable[..., TorchEngine], batches: list[Batch]) -> None:
+def test_a_loss_that_is_not_finite_is_refused_with_its_step(
+    make_engine: Callable[..., TorchEngine], batches: list[Batch]
+) -> None:
     engine = make_engine()
     seen = iter([0.0, math.inf])
     with pytest.raises(UpdateError, match="the loss of local step 2 is inf"):
