@@ -81,7 +81,7 @@ def weighted_token_loss(model: nn.Module, batch: Batch, spec: PretrainSpec) -> t
     weights_T = torch.where(is_response_T, 1.0, spec.prompt_weight)
     losses_T = F.cross_entropy(logits_TV.float(), targets_BS[counted_BS], reduction="none")
     config: Any = model.config
-    balance = load_balancing_loss_func(output.router_logits, config.num_experts, config.num_experts_per_tok, None)
+    balance = load_balancing_loss_func(output.router_logits, config.num_experts, config.num_experts_per_tok, batch.attention_mask)
     return (losses_T * weights_T).sum() / weights_T.sum(), balance
 
 
