@@ -87,7 +87,9 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "dolly.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "dolly-table.md").write_text(_markdown(table) + "\n")
-    print(json.dumps({"benchmark": "dolly", "own_nll": frame["last_personal_nll"].round(4).to_dict(), "folder": str(result.folder)}))
+    print(
+        json.dumps({"benchmark": "dolly", "own_nll": frame["last_personal_nll"].round(4).to_dict(), "folder": str(result.folder)})
+    )
 
 
 def _markdown(table: pd.DataFrame) -> str:

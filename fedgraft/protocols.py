@@ -321,8 +321,7 @@ class Method(ABC):
 def add_delta(params: Params, delta: Params) -> Params:
     """Add a mean delta to parameters: summed in float64, returned in each parameter's dtype; keys without delta stay."""
     return {
-        key: (value.double() + delta[key].double()).to(value.dtype) if key in delta else value
-        for key, value in params.items()
+        key: (value.double() + delta[key].double()).to(value.dtype) if key in delta else value for key, value in params.items()
     }
 
 

@@ -54,9 +54,7 @@ class FlexConfig(MethodConfig):
     gate_bias: float = Field(-4.0, ge=-20, le=20, description="Start of the graft gate's bias; sigmoid(-4) = 0.018.")
     gate_closed: bool = Field(False, description="Keep every graft gate at exactly 0: then this is FedAvg.")
     graft_lr_scale: float = Field(1.0, gt=0, le=1000, description="The graft's learning rate over the shared one's.")
-    gate_lr_scale: float = Field(
-        1.0, gt=0, le=1000, description="The graft gate's learning rate over the shared one's."
-    )
+    gate_lr_scale: float = Field(1.0, gt=0, le=1000, description="The graft gate's learning rate over the shared one's.")
     persist_optimizer: bool = Field(False, description="Keep the optimiser's moments of graft and gate between rounds.")
     share_gate: bool = Field(False, description="Ablation: average the graft gates over the clients.")
     calibration_examples: int = Field(128, ge=1, le=65_536, description="Own training examples that choose the graft.")
@@ -73,9 +71,7 @@ class FlexConfig(MethodConfig):
         if self.gate_closed and "gate_bias" in given:
             raise ValueError("gate_bias has no effect with gate_closed: true")
         if self.share_gate and (self.graft_layer_fraction < 1 or self.gate_closed):
-            raise ValueError(
-                "share_gate needs an open gate in every layer of every client: set graft_layer_fraction to 1"
-            )
+            raise ValueError("share_gate needs an open gate in every layer of every client: set graft_layer_fraction to 1")
         return self
 
 
@@ -86,9 +82,7 @@ class Flex(Method):
     name = "flex"
     title = "FLEx"
     paper = "arXiv 2506.00965 (2025)"
-    summary = (
-        "average attention LoRA; each client grafts a trained copy of its best pretrained expert beside every MoE layer"
-    )
+    summary = "average attention LoRA; each client grafts a trained copy of its best pretrained expert beside every MoE layer"
     reconstructed = (
         "gate form and start, details of the reconstruction loss, other scores and modes, layer and neuron fractions, "
         "hyper-parameters (the paper's body was not available)"
@@ -174,9 +168,7 @@ class Flex(Method):
         }
 
     def _ranks_neurons(self) -> bool:
-        return self.config.graft_init == "copy" and (
-            self.config.granularity == "neuron" or self.config.graft_neuron_fraction < 1
-        )
+        return self.config.graft_init == "copy" and (self.config.granularity == "neuron" or self.config.graft_neuron_fraction < 1)
 
     def _choose(
         self, session: Session, layers: tuple[MoELayer, ...], batches: list[Batch]
@@ -229,9 +221,7 @@ class Flex(Method):
             if contributions is None:
                 picks = [(expert, torch.arange(size))]
             elif self.config.granularity == "expert":
-                picks = [
-                    (expert, torch.argsort(contributions[expert], descending=True, stable=True)[:size].sort().values)
-                ]
+                picks = [(expert, torch.argsort(contributions[expert], descending=True, stable=True)[:size].sort().values)]
             else:
                 picks = _largest_neurons(contributions, position * size, size)
             copies.append(_take_neurons(layer, picks))
@@ -249,9 +239,7 @@ def _largest_neurons(contributions_EF: torch.Tensor, start: int, count: int) -> 
     """Neurons ranked ``start`` to ``start + count`` over all experts of a layer, grouped by expert."""
     order = torch.argsort(contributions_EF.reshape(-1), descending=True, stable=True)[start : start + count]
     width = contributions_EF.shape[1]
-    grouped = [
-        (expert, (order[order // width == expert] % width).sort().values) for expert in range(len(contributions_EF))
-    ]
+    grouped = [(expert, (order[order // width == expert] % width).sort().values) for expert in range(len(contributions_EF))]
     return [(expert, neurons) for expert, neurons in grouped if len(neurons)]
 
 

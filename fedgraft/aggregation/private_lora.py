@@ -26,9 +26,7 @@ class PrivateLoraConfig(MethodConfig):
     name: Literal["private_lora"] = "private_lora"
     adapter: AdapterConfig = Field(AdapterConfig(), description="The averaged LoRA on attention.")
     private_rank: int | None = Field(None, ge=1, description="Rank of the private LoRA; null: matched to a graft.")
-    private_lr_scale: float = Field(
-        1.0, gt=0, le=1000, description="The private LoRA's learning rate over the shared one's."
-    )
+    private_lr_scale: float = Field(1.0, gt=0, le=1000, description="The private LoRA's learning rate over the shared one's.")
     n_graft: int = Field(1, ge=1, le=8, description="Grafts to match: their number.")
     graft_layer_fraction: float = Field(1.0, gt=0, le=1, description="Grafts to match: share of MoE layers.")
     graft_neuron_fraction: float = Field(1.0, gt=0, le=1, description="Grafts to match: share of an expert's neurons.")

@@ -26,6 +26,9 @@ from fedgraft.types import Params, ServerState
 __all__ = ["Checkpoint", "load_latest", "save"]
 
 _log = logging.getLogger(__name__)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError)
+"""What reading a torn or changed record can raise."""
+
 _KINDS = ("params", "extras", "memory")
 
 
@@ -79,7 +82,15 @@ def load_latest(folder: Path, *, store: ClientStateStore) -> Checkpoint | None:
     for path in found:
         try:
             return _load(path, store)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError, CheckpointError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            safetensors.SafetensorError,
+            CheckpointError,
+        ) as error:
             _log.warning("checkpoint %s is refused: %s", path, error)
     if found:
         raise CheckpointError(f"no checkpoint in {folder} is whole", "start the run anew in another folder")

@@ -72,9 +72,7 @@ class TrainingConfig(_Frozen):
     learning_rate: float = Field(3e-3, gt=0, le=10, description="Learning rate, constant over steps and rounds.")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Local optimiser, fresh in every round.")
     weight_decay: float = Field(0.0, ge=0, le=10, description="Decoupled weight decay.")
-    max_grad_norm: float | None = Field(
-        1.0, gt=0, description="Clip the norm of the whole gradient; null: no clipping."
-    )
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the norm of the whole gradient; null: no clipping.")
 
 
 class EvaluationConfig(_Frozen):
@@ -101,9 +99,7 @@ class ExecutorConfig(_Frozen):
     """Who does the clients' work: replicas as Ray actors, or this process."""
 
     kind: Literal["ray", "in_process"] = Field("ray", description="ray: a driver actor and replica actors.")
-    replicas: int | None = Field(
-        None, ge=1, le=10_000, description="Replicas; null: as many as cores, clients and memory allow."
-    )
+    replicas: int | None = Field(None, ge=1, le=10_000, description="Replicas; null: as many as cores, clients and memory allow.")
     threads: int = Field(1, ge=1, le=256, description="Threads of a replica; sums depend on it, so results do.")
     gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica; a fraction shares one.")
     address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, else one of its own.")

@@ -195,9 +195,7 @@ class RoundLoop:
                 task = tasks[position]
                 outcomes[position] = self._check(task, finished)
                 handles[position] = finished.handle
-                rows[position] += self._charge(
-                    task, state, outcomes[position], num_tries=finished.num_tries, attempt=attempt
-                )
+                rows[position] += self._charge(task, state, outcomes[position], num_tries=finished.num_tries, attempt=attempt)
             left = [i for i in left if isinstance(outcomes[i], ClientFailure)]
             if not left:
                 break

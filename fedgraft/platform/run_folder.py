@@ -1,14 +1,14 @@
 """The folder of one run: records as JSON lines, facts as JSON, checkpoints; everything a report or a resume reads.
 
-    config.yaml          the resolved configuration
-    run.json             what was run, with which versions, how it ended
-    metrics.jsonl        one line a round
-    evaluations.jsonl    one line a metric
-    ledger.jsonl         bytes by client, direction and group
-    diagnostics.jsonl    what methods noted: the choice of grafts, how far gates open, routing entropy
-    partition.json       who has what
-    checkpoints/         the server's state after a round; see ``checkpoint``
-    clients/             private state of clients; see ``state_store``
+config.yaml          the resolved configuration
+run.json             what was run, with which versions, how it ended
+metrics.jsonl        one line a round
+evaluations.jsonl    one line a metric
+ledger.jsonl         bytes by client, direction and group
+diagnostics.jsonl    what methods noted: the choice of grafts, how far gates open, routing entropy
+partition.json       who has what
+checkpoints/         the server's state after a round; see ``checkpoint``
+clients/             private state of clients; see ``state_store``
 """
 
 from __future__ import annotations
