@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from fedgraft.errors import ModelError
 from fedgraft.moe.families import family_of, model_facts
@@ -63,10 +66,11 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
     if (folder / _DONE).is_file():
         return folder
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), trust_remote_code=trusts_remote_code, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
+        with _without_noise():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                model, dtype=getattr(torch, dtype), trust_remote_code=trusts_remote_code, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ModelError(
             f"model {model!r} cannot be loaded: {_first_line(error)}",
@@ -154,6 +158,20 @@ def fingerprint_folder(folder: Path) -> str:
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Keep transformers' bars and DeepSpeed's remark on the missing GPU out of a run's own progress display."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed, which transformers imports, finds out anyway
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _untied_state(model: nn.Module) -> dict[str, torch.Tensor]:
