@@ -361,7 +361,7 @@ class _Execution:
         facts = facts_of(source, trusts_remote_code=self._config.model.trust_remote_code)
         count = num_parameters(source, trusts_remote_code=self._config.model.trust_remote_code)
         return {
-            "name": "bundled" if self._config.model.is_bundled else source,
+            "name": "the bundled model" if self._config.model.is_bundled else source,
             "family": facts.family,
             "layers": list(facts.layers),
             "num_experts": facts.num_experts,

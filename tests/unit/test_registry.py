@@ -173,9 +173,9 @@ def test_entry_points_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> 
     assert METHODS.get("toy") is Toy
     for wrong in (ToyConfig, Toy(ToyConfig()), 3):
         install(wrong)
-        with pytest.raises(MethodError, match="'extra' .* is not a fedgraft Method"):
+        with pytest.raises(MethodError, match=r"'extra' .* is not a fedgraft Method"):
             load_entry_points()
     install(ImportError("gone"))
-    with pytest.raises(MethodError, match="'extra' .* raised ImportError: gone"):
+    with pytest.raises(MethodError, match=r"'extra' .* raised ImportError: gone"):
         load_entry_points()
     assert module.__all__

@@ -85,7 +85,8 @@ def _summary_table(subject: Subject, at: str, caption: str) -> Table:
             spread = row[f"{at}_{quantity.name}_std"]
             mark = ""
             is_silent = quantity.name == "choice_accuracy" and row["choice_informative"] is False
-            if len(frame) > 1 and not is_silent:
+            is_flat = frame[f"{at}_{quantity.name}"].round(3).nunique() < 2  # nobody wins where all are alike
+            if len(frame) > 1 and not is_silent and not is_flat:
                 is_tie = label in ties.get(quantity.name, ())
                 mark = "win" if text == best[quantity.name] and text != "-" else "tie" if is_tie else ""
             cells.append(Cell(text=text, spread="" if pd.isna(spread) else fixed(spread, 3), mark=mark, is_number=True))

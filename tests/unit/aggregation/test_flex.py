@@ -258,8 +258,20 @@ def test_two_grafts_are_chosen_greedily(make_bench: Maker, make_base: Maker, dat
     assert all(second <= first for first, second in choice["loss"])
 
 
+@pytest.mark.parametrize("score", ["usage", "scale_free", "random"])
+def test_two_grafts_are_two_experts_by_every_score(score: str, make_bench: Maker, make_base: Maker, data_folder: Path) -> None:
+    for client in CLIENTS:
+        _, choice = set_up(make_bench(flex(n_graft=2, score=score)), client)
+        assert all(len(set(pair)) == 2 for pair in choice["experts"])
+        if score != "random":
+            scores = observe_experts(open_base(make_base()), [calibration(data_folder, client)])
+            for layer, pair in enumerate(choice["experts"]):
+                losses = scores.layers[layer].criterion(score).tolist()  # type: ignore[arg-type]
+                assert pair == sorted(range(4), key=losses.__getitem__)[:2]
+
+
 def test_more_grafts_than_experts_are_refused(make_bench: Maker) -> None:
-    with pytest.raises(MethodError, match="n_graft is 5, .* 4 experts"):
+    with pytest.raises(MethodError, match=r"n_graft is 5, .* 4 experts"):
         make_bench(flex(n_graft=5))
     bench = make_bench(flex(n_graft=4))
     assert all(sorted(experts) == [0, 1, 2, 3] for experts in set_up(bench)[1]["experts"])

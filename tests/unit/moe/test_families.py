@@ -91,7 +91,7 @@ def test_dense_layers_are_left_out(
 
 
 def test_an_unknown_family_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ModelError, match="'llama'.*mixtral, olmoe, qwen2_moe, qwen3_moe") as caught:
+    with pytest.raises(ModelError, match=r"'llama'.*mixtral, olmoe, qwen2_moe, qwen3_moe") as caught:
         family_of(LlamaConfig())
     assert "moe/families.py" in caught.value.hint
     with pytest.raises(ModelError, match="'unknown'"):

@@ -151,7 +151,6 @@ def test_without_grafts_restores_the_base_and_then_the_grafts(
     grafts[0].is_enabled = False
     partly = logits_of(model, batch)
     with pytest.raises(ZeroDivisionError), without_grafts(model):
-        assert torch.equal(logits_of(model, batch), plain)
         _ = 1 // 0
     assert torch.equal(logits_of(model, batch), partly)  # the one that was off stays off, also after an error
     assert not torch.equal(partly, grafted)

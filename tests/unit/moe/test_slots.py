@@ -260,7 +260,7 @@ def test_start_values_follow_from_the_seed_and_the_key_alone(tiny_model: Callabl
 
 @pytest.mark.parametrize("targets", [("experts",), ("router",), ("attention", "experts")])
 def test_dropout_on_fused_parameters_is_refused(targets: tuple[str, ...], tiny_model: Callable[..., PreTrainedModel]) -> None:
-    with pytest.raises(ModelError, match="adapter 'shared' has dropout 0.1 on router or experts"):
+    with pytest.raises(ModelError, match=r"adapter 'shared' has dropout 0\.1 on router or experts"):
         add_slots(tiny_model("qwen2_moe"), Slots(adapters=(lora(*targets, dropout=0.1),)))
     add_slots(tiny_model("qwen2_moe"), Slots(adapters=(lora("attention", dropout=0.1),)))
 

@@ -265,7 +265,7 @@ def test_kept_moments_go_on_where_they_stopped(make_engine: Callable[..., TorchE
 def test_load_refuses_what_fits_no_slot(make_engine: Callable[..., TorchEngine]) -> None:
     engine = make_engine()
     key = next(iter(engine.initial))
-    with pytest.raises(UpdateError, match="no slot is called 'lm_head.weight'"):
+    with pytest.raises(UpdateError, match=r"no slot is called 'lm_head\.weight'"):
         engine.load({"lm_head.weight": torch.zeros(259, 32)})
     with pytest.raises(UpdateError, match=r"expected shape \(2, 32\), got \(32, 2\)"):
         engine.load({key: torch.zeros(32, 2)})
