@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ class MethodRegistry:
         Raises:
             MethodError: The name is taken by another class.
         """
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", method.name):
+            raise MethodError(f"method name {method.name!r}: expected lower-case letters, digits and _", "it names a folder, too")
         known = self._classes.get(method.name)
         if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
             raise MethodError(

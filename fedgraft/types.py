@@ -276,7 +276,6 @@ class ClientTask:
 
     client_id: int
     plan: RoundPlan
-    seed: int
     keys: tuple[str, ...]
     extra_keys: tuple[str, ...] = ()
     extras: Params = field(default_factory=dict)
@@ -308,6 +307,9 @@ class TensorInfo:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientUpdate:
     """The small half of a client's reply; its tensors (delta and extras) stay where they are until they are summed.
+
+    ``payload`` lists what is sent and charged. Metrics, ``expert_tokens`` and ``diagnostics`` are the simulation's view of the
+    client and cost nothing; a method whose server needs such counts puts them into ``statistics``, which are charged.
 
     ``expert_tokens`` (L, E) int64 counts the tokens that local training routed to each expert. ``statistics`` are the
     small tensors a method weighs updates by. ``metrics`` are sums with weights. ``state_version`` is the round whose
@@ -352,7 +354,6 @@ class EvaluationTask:
     round_idx: int
     view: Literal["global", "personal"]
     tasks: tuple[str, ...]
-    seed: int
     keys: tuple[str, ...]
     client_id: int | None = None
     split: Literal["validation", "test"] = "test"

@@ -228,7 +228,6 @@ class Bench:
         task = ClientTask(
             client_id=client_id,
             plan=plan,
-            seed=0,
             keys=tuple(params),
             state_version=self.versions.get(client_id),
             hashes_frozen=True,

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
-from fedgraft.errors import ClusterError, FedgraftError
+from fedgraft.errors import ClusterError, FedgraftError, GroupViolation
 
 __all__ = ["RayPool", "Replica"]
 
@@ -98,11 +98,15 @@ class RayPool:
         return actor.remote()
 
     def host(self, factory: Callable[[], Any]) -> None:
-        """Build the hosted object on every replica, side by side."""
+        """Build the hosted object on every replica, side by side; one that died meanwhile is replaced."""
         self._factory = factory
         refs = [actor.host.remote(factory) for actor in self._actors]
         for position, ref in enumerate(refs):
-            self._await_host(position, ref)
+            try:
+                self._await_host(position, ref)
+            except ClusterError as error:
+                _log.warning("replica %d is replaced: %s", position, error.message)
+                self._restore(position)
 
     def _await_host(self, position: int, ref: Any) -> None:
         limit = self._options.start_timeout_s
@@ -115,15 +119,33 @@ class RayPool:
             ) from None
         except RayTaskError as error:
             raise _cause(error) from None
-        except RayActorError as error:
+        except RayError as error:
             raise ClusterError(
-                f"replica {position} died while it started: {error}",
+                f"replica {position} died while it started: {_brief(error)}",
                 "often too little memory: ask for fewer replicas (executor.replicas)",
             ) from error
 
     def call(self, name: str) -> list[Any]:
-        """Run a method without arguments on every replica."""
-        return list(ray.get([actor.call.remote(name) for actor in self._actors], timeout=self._options.task_timeout_s))
+        """Run a method without arguments on every replica; one that died meanwhile is replaced and asked again."""
+        refs = [actor.call.remote(name) for actor in self._actors]
+        return [self._await_call(position, name, ref) for position, ref in enumerate(refs)]
+
+    def _await_call(self, position: int, name: str, ref: Any) -> Any:
+        limit = self._options.task_timeout_s
+        try:
+            return ray.get(ref, timeout=limit)
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayError:
+            self._restore(position)
+        try:
+            return ray.get(self._actors[position].call.remote(name), timeout=limit)
+        except RayTaskError as error:
+            raise _cause(error) from None
+        except RayError as error:
+            raise ClusterError(
+                f"replica {position} does not answer: {_brief(error)}", "fedgraft doctor --full examines this machine"
+            ) from error
 
     def share(self, value: Any) -> _Shared:
         """Put a value into the object store."""
@@ -153,13 +175,17 @@ class RayPool:
                 if not done:
                     raise GetTimeoutError
                 value = ray.get(ref)
-            except RayTaskError as raised:
-                error = f"{type(_cause(raised)).__name__}: {_cause(raised)}"
-            except (RayActorError, OwnerDiedError, ObjectLostError) as raised:
-                error = f"replica {flight.replica} died: {str(raised).splitlines()[0]}"
-                self._restore(flight.replica)
             except GetTimeoutError:
                 error = f"no answer within federation.task_timeout_s = {self._options.task_timeout_s:.0f} s"
+                self._restore(flight.replica)
+            except RayTaskError as raised:
+                cause = _cause(raised)
+                if isinstance(cause, GroupViolation):
+                    raise cause from None  # no retry mends a broken promise
+                error = f"{type(cause).__name__}: {cause}"
+            except RayError as raised:
+                # Dead actor, dead node, memory monitor, lost object: whatever it was, a new replica runs the item again.
+                error = f"replica {flight.replica} died: {_brief(raised)}"
                 self._restore(flight.replica)
             idle.append(flight.replica)
             if error is None:
@@ -187,7 +213,7 @@ class RayPool:
         """Fetch a large result from the object store."""
         try:
             return ray.get(handle, timeout=self._options.task_timeout_s)
-        except (ObjectLostError, OwnerDiedError, RayActorError, GetTimeoutError) as error:
+        except RayError as error:
             raise LostResult(str(error)) from error
 
     def close(self) -> None:
@@ -201,6 +227,10 @@ def _cause(error: RayTaskError) -> BaseException:
     """The exception that the remote code raised, if it is one of ours, else Ray's wrapping of it."""
     cause = error.cause if isinstance(error.cause, Exception) else error
     return cause if isinstance(cause, FedgraftError) else error
+
+
+def _brief(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _check_resources(options: PoolOptions) -> None:

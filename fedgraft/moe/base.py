@@ -68,18 +68,27 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
     try:
         with _without_noise():
             loaded, info = AutoModelForCausalLM.from_pretrained(
-                model, dtype=getattr(torch, dtype), trust_remote_code=trusts_remote_code, output_loading_info=True
+                model,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trusts_remote_code,
+                output_loading_info=True,
+                use_safetensors=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ModelError(
             f"model {model!r} cannot be loaded: {_first_line(error)}",
-            "a shard may be missing or truncated: fetch the folder again",
+            "a shard may be missing or truncated, or the weights are not safetensors (pickled .bin files are refused)",
         ) from error
     if info["missing_keys"]:
         # transformers fills them with random numbers and goes on
         raise ModelError(f"model {model!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "fetch the folder again")
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(
+            f"the cache folder {cache} cannot be made: {error}", "set output.cache to a folder you can write"
+        ) from error
     with tempfile.TemporaryDirectory(dir=cache, prefix=".writing-") as scratch:
         target = Path(scratch) / "base"
         target.mkdir()

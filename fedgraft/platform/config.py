@@ -5,6 +5,7 @@ Only ``platform`` and ``tuning`` see the whole tree; everything else gets plain 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -163,8 +164,11 @@ class CompareConfig(_Frozen):
     @classmethod
     def _check_labels(cls, methods: dict[str, MethodConfig]) -> dict[str, MethodConfig]:
         for label in methods:
-            if not label or not all(c.isalnum() or c in "-_.+ " for c in label):
-                raise ValueError(f"label {label!r}: expected letters, digits, spaces and -_.+ only; it names a folder")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _.+-]{0,63}", label) or label in ("data", "search"):
+                raise ValueError(
+                    f"label {label!r} names a folder: expected letters, digits, spaces and -_.+, a letter or digit first, "
+                    "and neither data nor search"
+                )
         return methods
 
 
@@ -221,6 +225,32 @@ class RunConfig(_Frozen):
         if self.federation.cohort_size is not None and self.federation.min_clients > self.federation.cohort_size:
             raise ValueError("federation.min_clients is larger than federation.cohort_size: no round could go on")
         return self
+
+    @model_validator(mode="after")
+    def _optimizer_has_moments(self) -> Self:
+        for label, method in self.methods().items():
+            if self.training.optimizer == "sgd" and getattr(method, "persist_optimizer", False):
+                raise ValueError(f"persist_optimizer of {label} has no effect with training.optimizer: sgd")
+        return self
+
+    def absolute(self) -> RunConfig:
+        """The same configuration with absolute paths, so that it means the same from any folder."""
+
+        def fix(part: Any, *names: str) -> Any:
+            found = {name: getattr(part, name).resolve() for name in names if getattr(part, name) is not None}
+            return part.model_copy(update=found)
+
+        data = fix(self.data, "path").model_copy(
+            update={"retention": fix(self.data.retention, "path"), "questions": fix(self.data.questions, "path")}
+        )
+        return self.model_copy(
+            update={
+                "model": fix(self.model, "path"),
+                "data": data,
+                "output": fix(self.output, "folder", "cache"),
+                "method_files": tuple(path.resolve() for path in self.method_files),
+            }
+        )
 
     def methods(self) -> dict[str, MethodConfig]:
         """The methods of this run by label; a single one is labelled by its name."""

@@ -9,7 +9,6 @@ from typing import Any
 from fedgraft.actors.hosting import Pool
 from fedgraft.errors import FedgraftError
 from fedgraft.platform.config import EvaluationConfig
-from fedgraft.seeding import derive_seed
 from fedgraft.types import (
     PRIVATE,
     Broadcast,
@@ -48,7 +47,6 @@ class Evaluator:
         config: When and how.
         groups: Groups of the slots.
         num_clients: Size of the population.
-        run_seed: The run's seed.
         is_search: Judge on the validation split, NLL only.
     """
 
@@ -59,13 +57,11 @@ class Evaluator:
         config: EvaluationConfig,
         groups: Mapping[str, Group],
         num_clients: int,
-        run_seed: int,
         is_search: bool,
     ) -> None:
         self._pool = pool
         self._config = config
         self._num_clients = num_clients
-        self._run_seed = run_seed
         self._is_search = is_search
         self._has_private = any(group == PRIVATE for group in groups.values())
         self._has_shared = any(group.is_sent for group in groups.values())
@@ -106,7 +102,8 @@ class Evaluator:
             metrics = (*metrics, "rouge_l")
         general: tuple[str, ...] = ()
         if not self._is_search:
-            asks = config.choices == "always" or (config.choices == "end" and is_last)
+            # Also of the untouched model: an accuracy tells something only where the base is not at chance.
+            asks = config.choices != "never" and (config.choices == "always" or is_last or round_idx == 0)
             general = ("retention", "choice") if asks else ("retention",)
 
         def make(client_id: int | None, view: Any, tasks: tuple[str, ...], names: tuple[str, ...]) -> EvaluationTask:
@@ -114,7 +111,6 @@ class Evaluator:
                 round_idx=round_idx,
                 view=view,
                 tasks=tasks,
-                seed=derive_seed(self._run_seed, "evaluation", round_idx=round_idx),
                 keys=tuple(state.params),
                 client_id=client_id,
                 split="validation" if self._is_search else "test",

@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+import torch
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from fedgraft.actors.driver import Driver
 from fedgraft.actors.hosting import JobContext
 from fedgraft.actors.local import LocalPool
 from fedgraft.errors import ClusterError, FedgraftError
 from fedgraft.platform.config import ExecutorConfig
+from fedgraft.platform.progress import Event
 
 __all__ = ["cluster", "launch"]
 
@@ -42,22 +44,26 @@ def launch(job: Callable[[JobContext], Any], executor: ExecutorConfig, on_event:
     """
     if executor.kind == "in_process":
         stop = threading.Event()
-        with _first_interrupt(stop.set):
-            return job(JobContext(emit=on_event, open_pool=LocalPool, is_stopping=stop.is_set))
+        threads = torch.get_num_threads()
+        try:
+            with _first_interrupt(stop.set, on_event):
+                return job(JobContext(emit=on_event, open_pool=LocalPool, is_stopping=stop.is_set))
+        finally:
+            torch.set_num_threads(threads)  # a notebook goes on with what it had
     with cluster(executor):
         # No CPU is reserved for the driver: it waits while replicas work, and the replicas' cores are counted on their own.
         driver = ray.remote(Driver).options(num_cpus=0, max_concurrency=4).remote()
         try:
             result = driver.run.remote(job)
-            with _first_interrupt(lambda: driver.stop.remote()):
-                _follow(driver, on_event)
+            with _first_interrupt(lambda: driver.stop.remote(), on_event):
+                _follow(driver, result, on_event)
             return ray.get(result)
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, FedgraftError):
                 raise cause from None
             raise
-        except RayActorError as error:
+        except RayError as error:
             raise ClusterError(
                 f"the driver actor died: {str(error).splitlines()[0]}",
                 "often too little memory; the run can be resumed with fedgraft run --resume",
@@ -66,7 +72,7 @@ def launch(job: Callable[[JobContext], Any], executor: ExecutorConfig, on_event:
             ray.kill(driver)
 
 
-def _follow(driver: Any, on_event: Callable[[Any], None]) -> None:
+def _follow(driver: Any, result: Any, on_event: Callable[[Any], None]) -> None:
     """Hand over events until the job is over. The driver answers as soon as it has one."""
     seen = 0
     while True:
@@ -74,7 +80,7 @@ def _follow(driver: Any, on_event: Callable[[Any], None]) -> None:
         seen += len(events)
         for event in events:
             on_event(event)
-        if is_over:
+        if is_over or (not events and ray.wait([result], timeout=0)[0]):  # the job may have failed before it began
             return
 
 
@@ -113,7 +119,7 @@ def cluster(executor: ExecutorConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _first_interrupt(stop: Callable[[], object]) -> Iterator[None]:
+def _first_interrupt(stop: Callable[[], object], on_event: Callable[[Any], None]) -> Iterator[None]:
     """Let the first Ctrl-C call ``stop`` and the second one raise KeyboardInterrupt; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -123,6 +129,7 @@ def _first_interrupt(stop: Callable[[], object]) -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stop()
+        on_event(Event(kind="note", data={"text": "stopping after this round; Ctrl-C again stops at once"}))
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -60,18 +60,26 @@ def describe(tensors: Params, groups: Mapping[str, Group], *, kind: str | None =
     return tuple(found)
 
 
-def refuse_private(tensors: Params, private: Params) -> None:
-    """Refuse extras or statistics that carry a client's private state, under its own name or another.
+def refuse_private(tensors: Params, private: Params, frozen: Params) -> None:
+    """Refuse extras or statistics that carry a client's private state or a frozen tensor, under its own name or another.
+
+    Values are compared whatever their shape. What a method alters first (scales, adds noise to) is not caught: a method is
+    trusted code, and this check is against mistakes.
 
     Raises:
-        GroupViolation: A tensor has the key, or shape and values, of a private one. Constant tensors are let through: zeros
-            give nothing away.
+        GroupViolation: A tensor has the key, or the values, of a private or frozen one. Constant tensors are let through:
+            zeros give nothing away.
     """
-    for key, tensor in tensors.items():
-        for name, secret in private.items():
-            is_same = tensor.shape == secret.shape and tensor.numel() > 1 and torch.equal(tensor, secret.to(tensor.dtype))
-            if key == name or (is_same and bool((secret != secret.reshape(-1)[0]).any())):
-                raise GroupViolation(f"{key!r} carries the private {name!r} and was about to be sent", "keep it on the client")
+    for kind, secrets in (("private", private), ("frozen", frozen)):
+        for key, tensor in tensors.items():
+            for name, secret in secrets.items():
+                if key == name or (tensor.numel() == secret.numel() > 1 and _has_values(tensor, secret)):
+                    raise GroupViolation(f"{key!r} carries the {kind} {name!r} and was about to be sent", "keep it on the client")
+
+
+def _has_values(tensor: torch.Tensor, secret: torch.Tensor) -> bool:
+    flat = secret.reshape(-1)
+    return torch.equal(tensor.reshape(-1).to(flat), flat) and bool((flat != flat[0]).any())
 
 
 def num_bytes(tensor: torch.Tensor) -> int:

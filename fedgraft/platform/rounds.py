@@ -16,7 +16,7 @@ import torch
 
 from fedgraft.actors.hosting import Finished, LostResult, Pool
 from fedgraft.aggregation.reduce import TreeSum, leaf
-from fedgraft.errors import GroupViolation, QuorumError, RunInterrupted, UpdateError
+from fedgraft.errors import CheckpointError, GroupViolation, QuorumError, RunInterrupted, UpdateError
 from fedgraft.platform.checkpoint import Checkpoint, load_latest, save
 from fedgraft.platform.config import EvaluationConfig, FederationConfig
 from fedgraft.platform.evaluation import Evaluator
@@ -29,8 +29,7 @@ from fedgraft.platform.tracking import Tracker
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import Method, Reduced, Weights, merge_metrics
 from fedgraft.registry import METHODS
-from fedgraft.seeding import derive_seed
-from fedgraft.types import PRIVATE, Broadcast, ClientFailure, ClientTask, ClientUpdate, Group, RoundPlan, ServerState
+from fedgraft.types import PRIVATE, Broadcast, ClientFailure, ClientTask, ClientUpdate, Group, RoundPlan, ServerState, TensorInfo
 
 __all__ = ["RoundLoop", "RunJob"]
 
@@ -86,7 +85,7 @@ class RoundLoop:
         self._store = ClientStateStore(job.worker.state_folder)
         self._groups: dict[str, Group] = {}
         self._versions: dict[int, int] = {}
-        self._failures: list[ClientFailure] = []
+        self._failures: list[dict[str, Any]] = []
 
     def run(self) -> ServerState:
         """Run all rounds that are left.
@@ -110,10 +109,15 @@ class RoundLoop:
             config=job.evaluation,
             groups=self._groups,
             num_clients=job.num_clients,
-            run_seed=job.worker.run_seed,
             is_search=job.purpose == "search",
         )
         checkpoint = load_latest(self._folder.checkpoint_folder, store=self._store)
+        known = self._folder.read_info().get("frozen_hash_start", frozen)
+        if checkpoint is not None and known != frozen:
+            raise CheckpointError(
+                f"{job.label} was begun on another base model (hash {known[:12]}, now {frozen[:12]})",
+                "put the model back as it was, or start a new run",
+            )
         if checkpoint is None:
             self._folder.truncate(-1)
             state = self._method.init(self._pool.call("initial_params")[0], job.num_clients)
@@ -123,8 +127,11 @@ class RoundLoop:
         else:
             state, done, self._versions = checkpoint.state, checkpoint.round_idx, dict(checkpoint.versions)
             self._folder.truncate(done)
+            self._failures = list(self._folder.read_info().get("failures", []))
+            self._failures = [failure for failure in self._failures if failure["round_idx"] <= done]
         self._folder.write_info(
             frozen_hash_start=frozen,
+            device=facts[0]["device"],
             rounds=rounds,
             has_private=any(group == PRIVATE for group in self._groups.values()),
             has_shared=any(group.is_sent for group in self._groups.values()),
@@ -134,12 +141,7 @@ class RoundLoop:
                 raise RunInterrupted(f"{job.label} stopped after round {round_idx - 1} of {rounds}", "it can be resumed")
             state = self._round(evaluator, state, round_idx, rounds)
         self._check_frozen(frozen, [fact["frozen_hash"] for fact in self._pool.call("describe")])
-        self._folder.write_info(
-            frozen_hash_end=frozen,
-            failures=[
-                {"client_id": f.client_id, "round_idx": f.round_idx, "stage": f.stage, "error": f.error} for f in self._failures
-            ],
-        )
+        self._folder.write_info(frozen_hash_end=frozen, failures=self._failures)
         return state
 
     def _round(self, evaluator: Evaluator, state: ServerState, round_idx: int, rounds: int) -> ServerState:
@@ -163,17 +165,17 @@ class RoundLoop:
         metrics = self._record(round_idx, updates, rows, time.perf_counter() - started)
         if round_idx % job.evaluation.every == 0 or round_idx == rounds:
             metrics |= self._evaluate(evaluator, new_state, round_idx, is_last=round_idx == rounds)
+        # Before the checkpoint: after a kill between the two the round is run again, and tracking knows its steps.
+        self._tracker.log_round(round_idx, metrics)
         if round_idx % job.checkpoint_every == 0 or round_idx == rounds:
             checkpoint = Checkpoint(round_idx=round_idx, state=new_state, versions=self._versions)
             save(self._folder.checkpoint_folder, checkpoint, store=self._store)
-        self._tracker.log_round(round_idx, metrics)
         return new_state
 
     def _task(self, state: ServerState, plan: RoundPlan, client_id: int, *, is_last: bool) -> ClientTask:
         task = ClientTask(
             client_id=client_id,
             plan=plan,
-            seed=derive_seed(self._job.worker.run_seed, "task", round_idx=plan.round_idx, client_id=client_id),
             keys=tuple(state.params),
             extra_keys=tuple(state.extras),
             state_version=self._versions.get(client_id),
@@ -185,29 +187,34 @@ class RoundLoop:
         self, tasks: Sequence[ClientTask], state: ServerState, shared: Any
     ) -> tuple[list[ClientUpdate | ClientFailure], list[Any], list[Entry]]:
         """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times."""
+        sent = [self._describe_sent(task, state) for task in tasks]  # refuses before anything leaves
         outcomes: list[ClientUpdate | ClientFailure | None] = [None] * len(tasks)
         handles: list[Any] = [None] * len(tasks)
         rows: list[list[Entry]] = [[] for _ in tasks]
         left = list(range(len(tasks)))
+        is_over = [False] * len(tasks)
         for attempt in range(1, self._job.federation.max_failures + 1):
             for finished in self._pool.map("update", [tasks[i] for i in left], shared):
                 position = left[finished.index]
                 task = tasks[position]
-                outcomes[position] = self._check(task, finished)
+                outcomes[position] = self._check(task, state, finished)
                 handles[position] = finished.handle
-                rows[position] += self._charge(task, state, outcomes[position], num_tries=finished.num_tries, attempt=attempt)
-            left = [i for i in left if isinstance(outcomes[i], ClientFailure)]
+                num_tries = finished.num_tries
+                rows[position] += _charge(task, sent[position], outcomes[position], num_tries=num_tries, attempt=attempt)
+                is_over[position] = finished.error is not None  # the pool has tried it max_failures times already
+            left = [i for i in left if isinstance(outcomes[i], ClientFailure) and not is_over[i]]
             if not left:
                 break
         for outcome in outcomes:
             if isinstance(outcome, ClientFailure):
-                self._failures.append(outcome)
-                data = {"client_id": outcome.client_id, "stage": outcome.stage, "error": outcome.error}
+                data: dict[str, Any] = {"client_id": outcome.client_id, "stage": outcome.stage, "error": outcome.error}
+                self._failures.append(data | {"round_idx": outcome.round_idx})
+                self._folder.write_info(failures=self._failures)
                 self._emit(Event(kind="failure", label=self._job.label, data=data))
         # In cohort order, whoever came first: the ledger is part of what must not depend on the replicas.
         return [outcome for outcome in outcomes if outcome is not None], handles, [row for each in rows for row in each]
 
-    def _check(self, task: ClientTask, finished: Finished) -> ClientUpdate | ClientFailure:
+    def _check(self, task: ClientTask, state: ServerState, finished: Finished) -> ClientUpdate | ClientFailure:
         """Refuse what does not fit the task: a wrong client or round, names or shapes that were not asked for."""
         outcome = finished.value
         error = finished.error
@@ -220,24 +227,20 @@ class RoundLoop:
             unknown = [info.key for info in outcome.payload if info.group in ("shared", "assigned") and info.key not in known]
             if unknown:
                 error = f"the reply has tensors that were not sent to this client: {', '.join(unknown[:3])}"
+            for info in outcome.payload:
+                if info.key in state.params and info.shape != tuple(state.params[info.key].shape):
+                    error = f"{info.key} has shape {info.shape}, sent was {tuple(state.params[info.key].shape)}"
         if error is None:
             return outcome  # type: ignore[no-any-return]
         stage = "replica" if finished.error is not None else "reply"
         return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=error)
 
-    def _charge(self, task: ClientTask, state: ServerState, outcome: Any, *, num_tries: int, attempt: int) -> list[Entry]:
-        """Ledger rows of one task: what went down, what came up, and once more down for every retry, marked so."""
-        sent = (
+    def _describe_sent(self, task: ClientTask, state: ServerState) -> tuple[TensorInfo, ...]:
+        """List what goes down to a client: parameters by group, extras."""
+        return (
             *describe({key: state.params[key] for key in task.keys}, self._groups),
             *describe({key: state.extras[key] for key in task.extra_keys} | task.extras, {}, kind="extras"),
         )
-        rows: list[Entry] = []
-        for number in range(num_tries):
-            is_retry = attempt > 1 or number > 0
-            rows += entries(task.round_idx, task.client_id, "down", sent, is_retry=is_retry)
-        if isinstance(outcome, ClientUpdate):
-            rows += entries(task.round_idx, task.client_id, "up", outcome.payload)
-        return rows
 
     def _check_quorum(self, updates: Sequence[ClientUpdate], cohort_size: int, round_idx: int) -> None:
         wanted = min(self._job.federation.min_clients, cohort_size)
@@ -245,7 +248,7 @@ class RoundLoop:
             last = self._failures[-1]
             raise QuorumError(
                 f"round {round_idx} of {self._job.label}: {len(updates)} of {cohort_size} clients answered, "
-                f"federation.min_clients is {wanted}; client {last.client_id} failed at {last.stage}: {last.error}",
+                f"federation.min_clients is {wanted}; client {last['client_id']} failed at {last['stage']}: {last['error']}",
                 "mend the cause or lower federation.min_clients, then resume",
             )
 
@@ -352,3 +355,14 @@ def usage_entropy(tokens_LE: torch.Tensor) -> list[float]:
     shares = tokens_LE.double() / tokens_LE.sum(dim=1, keepdim=True).clamp_min(1)
     logs = torch.where(shares > 0, shares.log(), torch.zeros_like(shares))
     return [max(0.0, float(value)) if math.isfinite(float(value)) else 0.0 for value in -(shares * logs).sum(dim=1)]
+
+
+def _charge(task: ClientTask, sent: Sequence[TensorInfo], outcome: Any, *, num_tries: int, attempt: int) -> list[Entry]:
+    """Ledger rows of one task: what went down, once more for every retry, marked so, and what came up."""
+    rows: list[Entry] = []
+    for number in range(num_tries):
+        is_retry = attempt > 1 or number > 0
+        rows += entries(task.round_idx, task.client_id, "down", sent, is_retry=is_retry)
+    if isinstance(outcome, ClientUpdate):
+        rows += entries(task.round_idx, task.client_id, "up", outcome.payload)
+    return rows

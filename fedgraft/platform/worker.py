@@ -6,8 +6,9 @@ because every task starts by loading all of them anew.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 import fedgraft.aggregation  # noqa: F401  (registers the methods)
 from fedgraft.data.batches import eval_batches, train_batches
 from fedgraft.data.prepared import PreparedData, TokenizedSplit
-from fedgraft.errors import FedgraftError
-from fedgraft.moe.base import load_tokenizer, open_base
+from fedgraft.data.tokenise import load_tokenizer, pad_token_id
+from fedgraft.errors import GroupViolation, ModelError, UpdateError
+from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.platform.ledger import describe, refuse_private
 from fedgraft.platform.state_store import ClientStateStore
@@ -48,6 +50,7 @@ from fedgraft.types import (
 
 __all__ = ["ClientWorker", "WorkerSpec"]
 
+_log = logging.getLogger(__name__)
 _CALIBRATION_BATCH = 16
 
 
@@ -68,7 +71,7 @@ class WorkerSpec:
     run_seed: int
     batch_size: int
     train: TrainSpec
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
     threads: int = 1
     evaluation_batch_size: int = 32
     max_new_tokens: int = 32
@@ -150,8 +153,9 @@ class ClientWorker:
         self.method: Method = METHODS.parse(spec.method)
         self.data = PreparedData.open(spec.data_folder)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(spec.base_folder)
-        self.pad_token_id = int(self.tokenizer.pad_token_id)
-        model = open_base(spec.base_folder, spec.device)
+        self.pad_token_id = pad_token_id(self.tokenizer)
+        self.device = _device(spec.device)
+        model = open_base(spec.base_folder, self.device)
         self.engine = TorchEngine(model, self.method.slots(model_facts(model.config)), spec.run_seed)
         self._refs: dict[str, ParamRef] = {ref.key: ref for ref in self.engine.refs}
         self.groups = {ref.key: self.method.group(ref) for ref in self.engine.refs}
@@ -160,6 +164,11 @@ class ClientWorker:
         self.private = tuple(key for key in self.trained if self.groups[key] == PRIVATE)
         self._lr_scale = {ref.key: scale for ref in self.engine.refs if (scale := self.method.lr_scale(ref)) != 1.0}
         self._persisted = tuple(key for key in self.private if self.method.persists_moments(self._refs[key]))
+        self._frozen = {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if name not in {ref.name for ref in self.engine.refs}
+        }
         self._store = ClientStateStore(spec.state_folder)
 
     def initial_params(self) -> Params:
@@ -167,8 +176,8 @@ class ClientWorker:
         return {key: self.engine.initial[key] for key in self.sent}
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the run's record: ``groups`` by key, and the ``frozen_hash`` of the tensors that are no slot."""
-        return {"groups": self.groups, "frozen_hash": self.engine.frozen_hash()}
+        """Facts for the run's record: ``groups`` by key, the ``frozen_hash`` of all that is no slot, and the ``device``."""
+        return {"groups": self.groups, "frozen_hash": self.engine.frozen_hash(), "device": self.device}
 
     def update(self, task: ClientTask, broadcast: Broadcast) -> tuple[ClientUpdate | ClientFailure, Params]:
         """Host a client for one round.
@@ -181,11 +190,18 @@ class ClientWorker:
         started = time.perf_counter()
         try:
             session, spec = self._host(task, task.client_id, broadcast, wants_private=True)
+            sent = [key for key in task.keys if key in self.sent]
+            # Read back rather than taken from the broadcast: a narrower model rounds what it is given.
+            start = self.engine.read(sent)
             stage = "train"
-            result = self.method.local(session, lambda: self._train(session, task, spec))
+            result = self.method.local(session, lambda: self._train(session, task, spec, sent))
             stage = "reply"
-            update, tensors = self._reply(session, task, result)
-        except (FedgraftError, ArithmeticError, RuntimeError, ValueError, LookupError, TypeError) as error:
+            update, tensors = self._reply(session, task, result, start)
+        except GroupViolation:
+            raise  # a broken promise of the method, not a client's bad luck: the run ends
+        except Exception as error:
+            # Whatever a hook raises is this client's failure, a value; the traceback goes to the replica's log.
+            _log.warning("client %d failed at %s in round %d", task.client_id, stage, task.round_idx, exc_info=True)
             text = f"{type(error).__name__}: {error}"
             return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=text), {}
         return replace(update, seconds=time.perf_counter() - started), tensors
@@ -230,12 +246,12 @@ class ClientWorker:
         rate = task.plan.learning_rate if isinstance(task, ClientTask) else self.spec.train.learning_rate
         return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale)
 
-    def _train(self, session: _Session, task: ClientTask, spec: TrainSpec) -> TrainResult:
+    def _train(self, session: _Session, task: ClientTask, spec: TrainSpec, sent: Sequence[str]) -> TrainResult:
         moments = {key.removeprefix("optimizer/"): v for key, v in session.private.items() if key.startswith("optimizer/")}
         return self.engine.train(
             session.train_batches(),
             spec,
-            self.trained,
+            (*sent, *self.private),
             seed=session.seed("dropout"),
             terms=lambda batch, output: self.method.terms(session, batch, output),
             after_backward=lambda step: self.method.after_backward(session, step),
@@ -243,11 +259,10 @@ class ClientWorker:
             keep_optimizer_state=self._persisted,
         )
 
-    def _reply(self, session: _Session, task: ClientTask, result: TrainResult) -> tuple[ClientUpdate, Params]:
+    def _reply(self, session: _Session, task: ClientTask, result: TrainResult, start: Params) -> tuple[ClientUpdate, Params]:
         """Take the deltas of what is sent, store what is private, and describe the payload."""
-        kept = [key for key in task.keys if key in self.sent]
-        trained = self.engine.read(kept)
-        delta = {key: trained[key] - session.received[key].to(trained[key].dtype) for key in kept}
+        trained = self.engine.read(start)
+        delta = {key: value - start[key] for key, value in trained.items()}
         version: int | None = None
         if self.private:
             session.private.update(self.engine.read(self.private))
@@ -266,6 +281,7 @@ class ClientWorker:
             payload=(),
         )
         update, extras = self.method.reply(session, update)
+        _require_finite(delta | extras, session.private)
         if session.private:
             version = task.round_idx
             self._store.write(task.client_id, version, session.private)
@@ -274,7 +290,8 @@ class ClientWorker:
             *describe(extras, {}, kind="extras"),
             *describe(update.statistics, {}, kind="statistics"),
         )
-        refuse_private(extras | update.statistics, session.private)
+        for tensors in (extras, update.statistics):
+            refuse_private(tensors, session.private, self._frozen)
         diagnostics = dict(update.diagnostics) | session.diagnostics
         if task.hashes_frozen:
             diagnostics["frozen_hash"] = self.engine.frozen_hash()
@@ -320,3 +337,20 @@ class ClientWorker:
             for i in range(len(asked))
         ]
         return {"choice_accuracy": score_choices(model, questions, pad_token_id=self.pad_token_id, batch_size=batch_size)}
+
+
+def _device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """Decide in the replica's own process, which sees what it was given."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ModelError("engine.device is cuda, and this replica sees no GPU", "set engine.device=auto or =cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _require_finite(sent: Params, private: Params) -> None:
+    """Refuse what broke down in training, before any of it is stored or sent; minus infinity closes a graft gate."""
+    for key, value in sent.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UpdateError(f"{key} has values that are not finite", "lower the learning rate")
+    for key, value in private.items():
+        if value.is_floating_point() and bool((torch.isnan(value) | torch.isposinf(value)).any()):
+            raise UpdateError(f"the private {key} has values that are not finite", "lower the learning rate")

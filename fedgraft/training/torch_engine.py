@@ -113,33 +113,38 @@ class TorchEngine:
         losses: list[float] = []
         num_examples = num_label_tokens = 0
         self.model.train()
-        with torch.random.fork_rng(devices=[]), _RoutingCounter(self.model) as counter:
-            torch.manual_seed(seed)  # dropout inside HF and PEFT modules draws from torch's global generator
-            for step, cpu_batch in enumerate(batches):
-                batch = _to_device(cpu_batch, self.device)
-                counter.attend(batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss, output = response_loss(self.model, batch)
-                total = loss
-                for term in (terms(batch, output) if terms is not None else {}).values():
-                    total = total + term
-                if not torch.isfinite(total):
-                    raise UpdateError(f"the loss of local step {step + 1} is {float(total.detach())}", "lower the learning rate")
-                if total.requires_grad:
-                    total.backward()  # type: ignore[no-untyped-call]
-                if after_backward is not None:
-                    after_backward(step)
-                self._clear_gradients(untouched)
-                if spec.max_grad_norm is not None and parameters:
-                    torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
-                optimizer.step()
-                self.load(untouched)  # weight decay moves them even without a gradient
-                losses.append(float(loss.detach()))
-                num_examples += batch.num_examples
-                num_label_tokens += int(output.labels.numel())
-        self.model.eval()
+        try:
+            with torch.random.fork_rng(devices=[]), _RoutingCounter(self.model) as counter:
+                torch.manual_seed(seed)  # dropout inside HF and PEFT modules draws from torch's global generator
+                for step, cpu_batch in enumerate(batches):
+                    batch = _to_device(cpu_batch, self.device)
+                    counter.attend(batch)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss, output = response_loss(self.model, batch)
+                    total = loss
+                    for term in (terms(batch, output) if terms is not None else {}).values():
+                        total = total + term
+                    if not torch.isfinite(total):
+                        raise UpdateError(
+                            f"the loss of local step {step + 1} is {float(total.detach())}", "lower the learning rate"
+                        )
+                    if total.requires_grad:
+                        total.backward()  # type: ignore[no-untyped-call]
+                    if after_backward is not None:
+                        after_backward(step)
+                    self._clear_gradients(untouched)
+                    if spec.max_grad_norm is not None and parameters:
+                        torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
+                    optimizer.step()
+                    self.load(untouched)  # weight decay moves them even without a gradient
+                    losses.append(float(loss.detach()))
+                    num_examples += batch.num_examples
+                    num_label_tokens += int(output.labels.numel())
+        finally:
+            # Also after a failed step: the next client on this model must find it as it was.
+            self.model.eval()
+            optimizer.zero_grad(set_to_none=True)
         kept = self._read_moments(optimizer, keep_optimizer_state)
-        optimizer.zero_grad(set_to_none=True)
         return TrainResult(
             losses=tuple(losses),
             num_examples=num_examples,
@@ -188,7 +193,8 @@ class TorchEngine:
         for name, value in state.items():
             key, _, moment = name.partition("|")
             parameter = self._parameters[self._by_key[key].name]
-            optimizer.state[parameter][moment] = value.clone()
+            # AdamW counts its steps on the CPU; moments live beside their parameter.
+            optimizer.state[parameter][moment] = value.clone() if moment == "step" else value.to(parameter.device, copy=True)
 
     def _read_moments(self, optimizer: torch.optim.Optimizer, keys: Sequence[str]) -> Params:
         """Moments as ``key|moment``; only whole parameters can keep theirs."""

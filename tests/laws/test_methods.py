@@ -25,8 +25,7 @@ Maker = Callable[..., Any]
 NAMES = METHODS.names()
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "fedavg of every part": {"name": "fedavg", "lora": ["attention", "router", "experts"]},
-    "fedavg of full experts": {"name": "fedavg", "lora": ["attention"], "full": ["experts"]},
+    "fedavg of every part": {"name": "fedavg", "lora": ["attention", "experts"], "full": ["router"]},
     "flex with moments and shared gates": {"name": "flex", "persist_optimizer": True, "share_gate": True, "gate_bias": 0.0},
     "flex with dropout in rows": {"name": "flex", "mode": "row", "adapter": {"dropout": 0.3}, "n_graft": 2},
 }
@@ -55,9 +54,9 @@ def straight_runs() -> dict[str, Any]:
 
 @pytest.fixture
 def straight(case: str, straight_runs: dict[str, Any], make_job: Maker, run_job: Maker) -> Any:
-    """Three rounds of three clients, run once for all laws."""
+    """Two rounds of three clients, run once for all laws."""
     if case not in straight_runs:
-        straight_runs[case] = run_job(make_job(options_of(case)))
+        straight_runs[case] = run_job(replace(make_job(options_of(case)), rounds=2))
     return straight_runs[case]
 
 
@@ -149,7 +148,7 @@ def test_frozen_tensors_are_the_bases_own_bytes(straight: Any) -> None:
 def test_the_same_seed_gives_the_same_bits_whoever_replies_first(
     case: str, straight: Any, make_job: Maker, run_job: Maker, assert_same_bits: Maker
 ) -> None:
-    again = run_job(make_job(options_of(case)), in_reverse=True)
+    again = run_job(replace(make_job(options_of(case)), rounds=2), in_reverse=True)
     assert_same_bits(again.state.params, straight.state.params)
     assert_same_bits(again.state.extras, straight.state.extras)
     assert comparable(again) == comparable(straight)
@@ -207,22 +206,19 @@ def test_a_permuted_cohort_gives_the_same_clients_and_nearly_the_same_sum(case: 
 def test_stop_and_resume_equal_the_straight_run(
     case: str, straight: Any, make_job: Maker, run_job: Maker, assert_same_bits: Maker
 ) -> None:
-    job = make_job(options_of(case))
-    stop_after = 2
+    job = replace(make_job(options_of(case)), rounds=2)
     asked: Counter[str] = Counter()
 
     def is_stopping() -> bool:
         asked["times"] += 1
-        return asked["times"] > stop_after
+        return asked["times"] > 1
 
     if straight.pool.replies:
-        with pytest.raises(RunInterrupted, match=f"stopped after round {stop_after} of 3") as caught:
+        with pytest.raises(RunInterrupted, match="stopped after round 1 of 2") as caught:
             run_job(job, is_stopping=is_stopping)
         assert "resumed" in caught.value.hint
     resumed = run_job(job)
-    assert {task.round_idx for task, _, _ in resumed.pool.replies} == set(range(stop_after + 1, 4)) & {
-        task.round_idx for task, _, _ in straight.pool.replies
-    }
+    assert {task.round_idx for task, _, _ in resumed.pool.replies} == ({2} if straight.pool.replies else set())
     assert_same_bits(resumed.state.params, straight.state.params)
     assert_same_bits(resumed.state.extras, straight.state.extras)
     assert_same_bits(resumed.state.memory, straight.state.memory)
@@ -312,7 +308,7 @@ def test_local_only_and_base_send_nothing(make_job: Maker, run_job: Maker) -> No
 def test_judging_a_model_changes_nothing(
     case: str, straight: Any, make_job: Maker, run_job: Maker, assert_same_bits: Maker
 ) -> None:
-    job = make_job(options_of(case))
+    job = replace(make_job(options_of(case)), rounds=2)
     watched = replace(job, evaluation=job.evaluation.model_copy(update={"every": 1, "at_start": True, "generate": "end"}))
     busy = run_job(replace(watched, worker=replace(job.worker, max_new_tokens=2, max_generate=2)))
     assert_same_bits(busy.state.params, straight.state.params)

@@ -50,7 +50,7 @@ def ref(**fields: Any) -> ParamRef:
 def test_the_defaults_are_fedavg() -> None:
     state = ServerState(params={"w": torch.tensor([1.0, 2.0])})
     plan = RoundPlan(round_idx=1, num_steps=2, learning_rate=0.1)
-    task = ClientTask(client_id=0, plan=plan, seed=0, keys=("w",))
+    task = ClientTask(client_id=0, plan=plan, keys=("w",))
     updates = [update(0, 30), update(4, 10)]
     assert PLAIN.slots(None) == Slots()  # type: ignore[arg-type]
     assert PLAIN.init(state.params, 3) == state

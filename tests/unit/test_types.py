@@ -56,7 +56,7 @@ def test_a_batch_counts_labels_after_the_shift() -> None:
 
 def test_messages_are_frozen_and_travel() -> None:
     plan = RoundPlan(round_idx=3, num_steps=2, learning_rate=0.1)
-    task = ClientTask(client_id=1, plan=plan, seed=5, keys=("a",), assignment={0: (1, 2)})
+    task = ClientTask(client_id=1, plan=plan, keys=("a",), assignment={0: (1, 2)})
     assert task.round_idx == 3
     assert pickle.loads(pickle.dumps(task)) == task
     with pytest.raises(dataclasses.FrozenInstanceError):

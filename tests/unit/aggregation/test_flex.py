@@ -451,7 +451,7 @@ def test_graft_and_gate_have_rates_of_their_own(option: str, scaled: tuple[str, 
 def test_how_far_gates_open_is_observed(mode: str, make_bench: Maker) -> None:
     bench = make_bench(flex(mode=mode, n_graft=2))
     params = bench.worker.initial_params()
-    task = EvaluationTask(round_idx=1, view="personal", tasks=("client",), seed=0, keys=tuple(params), client_id=0)
+    task = EvaluationTask(round_idx=1, view="personal", tasks=("client",), keys=tuple(params), client_id=0)
     reply, _ = bench.worker.evaluate(task, Broadcast(round_idx=1, params=params))
     seen_gates = reply.diagnostics["graft_gate"]
     assert seen_gates["layers"] == [0, 1]

@@ -15,7 +15,7 @@ from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
 from fedgraft.actors.local import LocalPool
 from fedgraft.aggregation.fedavg import FedAvg
 from fedgraft.aggregation.flex import Flex
-from fedgraft.errors import CheckpointError, FedgraftError, GroupViolation, QuorumError, UpdateError
+from fedgraft.errors import CheckpointError, FedgraftError, GroupViolation, QuorumError, RunInterrupted, UpdateError
 from fedgraft.platform.rounds import RoundLoop, usage_entropy
 from fedgraft.platform.sampling import sample_cohort
 from fedgraft.platform.tracking import Tracker
@@ -315,3 +315,24 @@ def test_usage_entropy_by_hand() -> None:
     log2 = torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
     assert usage_entropy(tokens) == pytest.approx([0, 2 * log2, 1.5 * log2, 0])
     assert isinstance(ClientFailure(client_id=0, round_idx=1, stage="train", error=""), ClientFailure)
+
+
+def test_a_resume_drops_the_lines_of_rounds_after_its_checkpoint(
+    make_job: Maker, run_job: Maker, assert_same_bits: Maker
+) -> None:
+    straight = run_job(replace(make_job(FLEX), rounds=4, checkpoint_every=2))
+    job = replace(make_job(FLEX), rounds=4, checkpoint_every=2)
+    asked = iter([False, False, False, True])
+    with pytest.raises(RunInterrupted):
+        run_job(job, is_stopping=lambda: next(asked))  # after round 3, whose checkpoint was not due
+    assert [row["round"] for row in json_lines(job, "metrics")] == [1, 2, 3]
+    resumed = run_job(job)
+    assert {task.round_idx for task, _, _ in resumed.pool.replies} == {3, 4}
+    for record in ("metrics", "ledger", "diagnostics", "evaluations"):
+        assert [row["round"] for row in resumed.rows(record)] == [row["round"] for row in straight.rows(record)]
+    assert_same_bits(resumed.state.params, straight.state.params)
+    assert resumed.private_files() == straight.private_files()
+
+
+def json_lines(job: Any, record: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job.folder / f"{record}.jsonl").read_text().splitlines()]
