@@ -400,7 +400,9 @@ def _method_plan(
     memory += activation_bytes(model, federation.batch_size * config.data.max_length)
     rounds = method.num_rounds(federation.rounds)
     search = config.rate_search
-    search_rounds = 0 if search is None or rounds == 0 else method.num_rounds(search.rounds) * len(search.rates)
+    search_rounds = (
+        0 if search is None or rounds == 0 else method.num_rounds(search.rounds) * len(search.rates) * len(config.seeds)
+    )
     replicas = num_replicas(config, num_clients, machine, memory)
     cohort = federation.cohort_size if num_clients is None else min(federation.cohort_size or num_clients, num_clients)
     steps = run_bytes = seconds = None

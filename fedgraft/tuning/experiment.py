@@ -7,7 +7,7 @@ test split is never looked at. One rate for all methods misleads: where LoRA is 
         config.yaml  comparison.json  report.html
         data/seed-0/                  tokenised examples
         <label>/seed-0/               one run; see ``fedgraft.platform.run_folder``
-        search/<label>/lr-0.003/      one try of a rate
+        search/<label>/seed-0/lr-0.003/   one try of a rate
 """
 
 from __future__ import annotations
@@ -28,13 +28,23 @@ import torch
 from fedgraft.actors.hosting import JobContext, Pool, PoolOptions
 from fedgraft.data.prepare import prepare
 from fedgraft.data.prepared import PreparedData
-from fedgraft.errors import CheckpointError, FedgraftError, RunInterrupted
-from fedgraft.moe.base import cache_base, facts_of, load_tokenizer, num_parameters
+from fedgraft.data.tokenise import load_tokenizer
+from fedgraft.errors import (
+    CheckpointError,
+    ClusterError,
+    ConfigError,
+    FedgraftError,
+    ModelError,
+    Problem,
+    QuorumError,
+    RunInterrupted,
+)
+from fedgraft.moe.base import cache_base, facts_of, num_parameters
 from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import launch
 from fedgraft.platform.loading import dump_config, load_config
-from fedgraft.platform.plan import MachineFacts, free_memory, num_replicas, usable_cores
+from fedgraft.platform.plan import MachineFacts, free_memory, make_plan, usable_cores
 from fedgraft.platform.progress import Event
 from fedgraft.platform.report import write_report
 from fedgraft.platform.results import ComparisonResult, RunResult, client_values, read_comparison, read_run
@@ -48,8 +58,6 @@ from fedgraft.registry import METHODS
 __all__ = ["Experiment", "run"]
 
 _PACKAGES = ("fedgraft", "torch", "transformers", "peft", "ray", "deepspeed", "datasets", "mlflow")
-_REPLICA_BYTES = 900 * 2**20
-"""Memory a replica process is counted with on a CPU: about 400 MB of packages, and room for gradients and activations."""
 
 
 def run(
@@ -80,12 +88,15 @@ def run(
         raise FedgraftError("nothing to run: neither a config nor a folder to resume was given")
     else:
         folder = _new_folder(config)
-        (folder / "config.yaml").write_text(dump_config(config))
+        (folder / "config.yaml").write_text(dump_config(config.absolute()))
     notify = on_event or (lambda event: None)
     try:
         launch(Experiment(str(folder)), config.executor, notify)
     except RunInterrupted as error:
         raise RunInterrupted(error.message, f"go on with: fedgraft run --resume {folder}") from None
+    except (QuorumError, ClusterError) as error:
+        hint = f"{error.hint}; options are in {folder}/config.yaml; go on with: fedgraft run --resume {folder}"
+        raise type(error)(error.message, hint) from None
     except KeyboardInterrupt:
         raise RunInterrupted("stopped at once", f"go on with: fedgraft run --resume {folder}") from None
     result = read_comparison(folder)
@@ -118,7 +129,6 @@ class _Execution:
         self._config = load_config(folder / "config.yaml")
         self._methods = self._config.methods()
         self._cache = self._config.output.cache or default_cache()
-        self._device = _device(self._config)
         previous = folder / "comparison.json"
         self._mlflow_run_id = json.loads(previous.read_text()).get("mlflow_run_id") if previous.is_file() else None
 
@@ -134,10 +144,10 @@ class _Execution:
             self._stage("preparing the data")
             prepare(config.data, tokenizer, seed, data[seed])
         first = PreparedData.open(data[config.seeds[0]])
-        machine = MachineFacts(cores=usable_cores(), memory_bytes=free_memory(), gpus=torch.cuda.device_count(), speed=math.nan)
+        self._check_clients(first.num_clients)
         pool = self._context.open_pool(
             PoolOptions(
-                replicas=num_replicas(config, first.num_clients, machine, _REPLICA_BYTES),
+                replicas=self._num_replicas(first.num_clients),
                 threads=config.executor.threads,
                 gpus_per_replica=config.executor.gpus_per_replica,
                 max_failures=config.federation.max_failures,
@@ -145,6 +155,7 @@ class _Execution:
                 start_timeout_s=config.executor.start_timeout_s,
             )
         )
+        parent: Tracker | None = None
         try:
             self._emit("plan", total_rounds=self._total_rounds())
             self._stage(f"starting {pool.size} replica{'s' if pool.size != 1 else ''}")
@@ -154,9 +165,16 @@ class _Execution:
             self._mlflow_run_id = parent.run_id
             self._write_comparison("running")
             for label, method in self._methods.items():
-                rate = self._search(pool, label, method, base_folder, data[config.seeds[0]])
                 for seed in config.seeds:
+                    self._stop_if_asked()
+                    rate = self._search(pool, label, method, seed, base_folder, data[seed])
                     self._run(pool, label, method, seed, rate, base_folder, data[seed], parent)
+        except Exception as error:
+            status = "stopped" if isinstance(error, RunInterrupted) else "failed"
+            self._write_comparison(status)
+            if parent is not None:
+                parent.finish(status)
+            raise
         finally:
             pool.close()
         self._write_comparison("finished", seconds=time.time() - started)
@@ -167,6 +185,22 @@ class _Execution:
             artifacts.append(write_report(result, self._folder / "report.html"))
         parent.finish("finished", artifacts)
 
+    def _check_clients(self, num_clients: int) -> None:
+        wanted = self._config.federation.min_clients
+        if wanted > num_clients:
+            problem = Problem(
+                path="federation.min_clients", value=str(wanted), expected=f"at most {num_clients}, the number of clients"
+            )
+            raise ConfigError(str(self._folder / "config.yaml"), (problem,))
+
+    def _num_replicas(self, num_clients: int) -> int:
+        """As the plan says, which a dry run shows; never more than clients of a round."""
+        machine = MachineFacts(cores=usable_cores(), memory_bytes=free_memory(), gpus=torch.cuda.device_count(), speed=math.inf)
+        planned = min(method.replicas for method in make_plan(self._config, machine).methods)
+        if self._config.executor.replicas is not None:
+            return planned
+        return max(1, min(planned, self._config.federation.cohort_size or num_clients, num_clients))
+
     def _base(self) -> Path:
         config = self._config
         source = config.model.source
@@ -175,25 +209,42 @@ class _Execution:
             source = str(
                 ensure_bundled_model(
                     self._cache,
-                    lambda step, total, loss: self._emit("pretrain", step=step, num_steps=total, loss=loss),
+                    self._on_pretrain,
                 )
             )
         self._stage("opening the base model")
         return cache_base(source, config.model.dtype, self._cache / "bases", trusts_remote_code=config.model.trust_remote_code)
 
-    def _search(self, pool: Pool, label: str, method: MethodConfig, base: Path, data: Path) -> float:
-        """Choose a method's learning rate; one that was chosen before an interruption is not chosen again."""
+    def _on_pretrain(self, step: int, total: int, loss: float) -> None:
+        self._stop_if_asked()
+        self._emit("pretrain", step=step, num_steps=total, loss=loss)
+
+    def _stop_if_asked(self) -> None:
+        if self._context.is_stopping():
+            raise RunInterrupted("stopped between two runs", "it can be resumed")
+
+    def _search(self, pool: Pool, label: str, method: MethodConfig, seed: int, base: Path, data: Path) -> float:
+        """Choose a method's learning rate for a seed; one that was chosen before an interruption is not chosen again.
+
+        Every seed has splits of its own, so each chooses by its own validation examples: another seed's may be its test ones.
+        """
         search = self._config.rate_search
         if search is None or METHODS.build(method).num_rounds(self._config.federation.rounds) == 0:
             return self._config.training.learning_rate
-        found = self._searched(label)
+        folder = self._folder / "search" / label / f"seed-{seed}"
+        found = self._searched(label, seed)
         if not found:
             losses = []
             for rate in search.rates:
-                folder = self._folder / "search" / label / f"lr-{rate:g}"
-                losses.append(self._try_rate(pool, label, method, rate, folder, base, data))
-            finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
-            best = min(range(len(losses)), key=lambda i: (finite[i], i))
+                self._stop_if_asked()
+                losses.append(self._try_rate(pool, label, method, seed, rate, folder / f"lr-{rate:g}", base, data))
+            scores = [math.inf if loss is None else loss for loss in losses]
+            best = min(range(len(losses)), key=lambda i: (scores[i], i))
+            if scores[best] == math.inf:
+                raise QuorumError(
+                    f"{label}: training broke down at every rate of the grid ({', '.join(f'{r:g}' for r in search.rates)})",
+                    "add lower rates to rate_search.rates",
+                )
             found = {
                 "rates": list(search.rates),
                 "validation_nll": losses,
@@ -201,35 +252,42 @@ class _Execution:
                 "is_edge": best in (0, len(losses) - 1),
                 "rounds": search.rounds,
             }
-            write_json(found, self._folder / "search" / label / "rates.json")
+            write_json(found, folder / "rates.json")
             self._write_comparison("running")
         if found["is_edge"]:
             self._emit("note", label, text=f"the best learning rate {found['chosen']:g} is at the edge of the grid")
         return float(found["chosen"])
 
-    def _searched(self, label: str) -> dict[str, Any]:
-        """What the search of a method found; empty before it is over."""
-        path = self._folder / "search" / label / "rates.json"
+    def _searched(self, label: str, seed: int) -> dict[str, Any]:
+        """What the search of a method found for a seed; empty before it is over."""
+        path = self._folder / "search" / label / f"seed-{seed}" / "rates.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def _try_rate(self, pool: Pool, label: str, method: MethodConfig, rate: float, folder: Path, base: Path, data: Path) -> float:
-        """Mean validation NLL of the personal models after the search's rounds; not a number where training broke down."""
+    def _try_rate(
+        self, pool: Pool, label: str, method: MethodConfig, seed: int, rate: float, folder: Path, base: Path, data: Path
+    ) -> float | None:
+        """Mean validation NLL of the personal models after the search's rounds; ``None`` where training broke down."""
         search = self._config.rate_search
         assert search is not None
-        seed = self._config.seeds[0]
         job = self._job(label, method, seed, rate, folder, base, data, purpose="search", rounds=search.rounds)
-        known = RunFolder(folder).read_info()
-        if known.get("status") != "finished":
+        if RunFolder(folder).read_info().get("status") != "finished":
             self._emit("run_started", label, seed=seed, rounds=search.rounds, learning_rate=rate, purpose="search")
             self._write_run(folder, label, method, seed, rate, data, status="running")
-            self._loop(job, pool, Tracker.start(TrackingConfig(enabled=False), self._folder, label, {})).run()
-            RunFolder(folder).write_info(status="finished")
+            try:
+                self._loop(job, pool, Tracker.start(TrackingConfig(enabled=False), self._folder, label, {})).run()
+            except (QuorumError, ModelError) as error:
+                self._emit("note", label, text=f"learning rate {rate:g} is out: {error.message}")
+                RunFolder(folder).write_info(status="finished", error=error.message)
+            else:
+                RunFolder(folder).write_info(status="finished")
             for part in ("clients", "checkpoints"):
                 shutil.rmtree(folder / part, ignore_errors=True)
-        tried = read_run(folder)
-        values = client_values(tried, split="validation")
+        if "error" in RunFolder(folder).read_info():
+            return None
+        values = client_values(read_run(folder), split="validation")
         last = values[values["round"] == values["round"].max()]
-        return float(last["value"].mean())
+        loss = float(last["value"].mean())
+        return loss if math.isfinite(loss) else None
 
     def _run(
         self,
@@ -264,15 +322,17 @@ class _Execution:
         job = self._job(label, method, seed, rate, folder, base, data, purpose="run", rounds=rounds)
         try:
             self._loop(job, pool, tracker).run()
-        except FedgraftError as error:
+        except Exception as error:
             status = "stopped" if isinstance(error, RunInterrupted) else "failed"
-            RunFolder(folder).write_info(status=status, error=str(error))
-            self._write_comparison(status)
+            seconds = float(known.get("seconds", 0.0)) + time.time() - started
+            RunFolder(folder).write_info(status=status, error=str(error), seconds=seconds)
             tracker.finish(status)
             raise
         seconds = float(known.get("seconds", 0.0)) + time.time() - started
-        RunFolder(folder).write_info(status="finished", seconds=seconds)
-        tracker.finish("finished", [folder / "run.json", folder / "metrics.jsonl", folder / "evaluations.jsonl"])
+        RunFolder(folder).write_info(status="finished", seconds=seconds, error=None)
+        tracker.finish(
+            "finished", [folder / "config.yaml", folder / "run.json", folder / "metrics.jsonl", folder / "evaluations.jsonl"]
+        )
         self._write_comparison("running")
         self._emit("run_finished", label, folder=str(folder), seconds=seconds)
 
@@ -308,7 +368,7 @@ class _Execution:
                 weight_decay=training.weight_decay,
                 max_grad_norm=training.max_grad_norm,
             ),
-            device=self._device,
+            device=config.engine.device,
             threads=config.executor.threads,
             evaluation_batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.max_new_tokens,
@@ -336,6 +396,12 @@ class _Execution:
         """Write what is known before the first round: facts, versions, partition, the resolved config."""
         opened = PreparedData.open(data)
         record = RunFolder(folder)
+        before = record.read_info().get("data_fingerprint", opened.fingerprint)
+        if before != opened.fingerprint:
+            raise CheckpointError(
+                f"{label} with seed {seed} was begun on other data (fingerprint {before[:12]}, now {opened.fingerprint[:12]})",
+                "put the data back as they were, or start a new run",
+            )
         source = self._config.model.source
         described = METHODS.build(method)
         record.write_info(
@@ -376,9 +442,10 @@ class _Execution:
         config = self._config
         searches = {}
         for label in self._methods:
-            found = self._searched(label)
-            if found:
-                searches[label] = found
+            by_seed = {seed: found for seed in config.seeds if (found := self._searched(label, seed))}
+            if by_seed:
+                chosen = {str(seed): found["chosen"] for seed, found in by_seed.items()}
+                searches[label] = next(iter(by_seed.values())) | {"chosen_by_seed": chosen}
         runs = {
             label: [
                 f"{label}/seed-{seed}" for seed in config.seeds if (self._folder / label / f"seed-{seed}" / "run.json").is_file()
@@ -420,7 +487,7 @@ class _Execution:
             rounds = METHODS.build(method).num_rounds(config.federation.rounds)
             total += rounds * len(config.seeds)
             if rounds and config.rate_search is not None:
-                total += config.rate_search.rounds * len(config.rate_search.rates)
+                total += config.rate_search.rounds * len(config.rate_search.rates) * len(config.seeds)
         return total
 
     def _stage(self, text: str) -> None:
@@ -446,12 +513,6 @@ def _new_folder(config: RunConfig) -> Path:
             ) from error
         return folder
     raise FedgraftError(f"too many runs called {stem} in {root}", "set name to something else")
-
-
-def _device(config: RunConfig) -> Any:
-    if config.engine.device != "auto":
-        return config.engine.device
-    return "cuda" if torch.cuda.is_available() and config.executor.gpus_per_replica > 0 else "cpu"
 
 
 def _versions() -> dict[str, str]:

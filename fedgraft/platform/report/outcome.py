@@ -251,6 +251,12 @@ def _rates_section(subject: Subject) -> Section | None:
         if num_rounds
         else ()
     )
+    if any(len(found.get("chosen_by_seed", {})) > 1 for found in search.values()):
+        listed = (
+            f"{label} {', '.join(f'{rate:.3g}' for rate in found.get('chosen_by_seed', {}).values())}"
+            for label, found in search.items()
+        )
+        words = (*words, f"The table is of the first seed. Each seed chooses on its own validation split: {'; '.join(listed)}.")
     table = Table(
         caption="Validation NLL by learning rate",
         columns=(("method", ""), *((f"{rate:.3g}", "lower is better") for rate in rates), ("chosen", "")),
