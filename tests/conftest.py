@@ -34,6 +34,7 @@ from fedgraft.data.prepare import prepare
 from fedgraft.moe.base import cache_base
 from fedgraft.platform.config import EvaluationConfig, FederationConfig
 from fedgraft.platform.rounds import RoundLoop, RunJob
+from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.tracking import Tracker
 from fedgraft.platform.worker import ClientWorker, WorkerSpec
 from fedgraft.protocols import TrainSpec
@@ -311,6 +312,11 @@ class Ran:
     pool: WatchingPool
     job: RunJob
     events: list[Any]
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(self.job.folder)
 
     def rows(self, record: str) -> list[dict[str, Any]]:
         """Lines of one of the run folder's records."""

@@ -200,8 +200,8 @@ class ClientWorker:
         except GroupViolation:
             raise  # a broken promise of the method, not a client's bad luck: the run ends
         except Exception as error:
-            # Whatever a hook raises is this client's failure, a value; the traceback goes to the replica's log.
-            _log.warning("client %d failed at %s in round %d", task.client_id, stage, task.round_idx, exc_info=True)
+            # Whatever a hook raises is this client's failure, a value; who wants the traceback asks for debug logs.
+            _log.debug("client %d failed at %s in round %d", task.client_id, stage, task.round_idx, exc_info=True)
             text = f"{type(error).__name__}: {error}"
             return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=text), {}
         return replace(update, seconds=time.perf_counter() - started), tensors

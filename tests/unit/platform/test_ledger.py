@@ -7,7 +7,7 @@ import torch
 
 from fedgraft.errors import GroupViolation
 from fedgraft.platform.ledger import Entry, describe, entries, num_bytes, refuse_private
-from fedgraft.types import FROZEN, PRIVATE, SHARED, TensorInfo, assigned
+from fedgraft.types import FROZEN, PRIVATE, SHARED, Params, TensorInfo, assigned
 
 GROUPS = {"lora": SHARED, "expert": assigned(3, 1), "graft": PRIVATE, "norm": FROZEN}
 
@@ -35,17 +35,19 @@ def test_a_slot_that_must_not_be_sent_is_refused_as_an_extra_too(kind: str) -> N
         describe({"graft": torch.zeros(1)}, GROUPS, kind=kind)
 
 
-def test_private_values_are_refused_under_any_name() -> None:
-    private = {"graft": torch.tensor([1.0, 2.0, 3.0]), "closed": torch.full((3,), -torch.inf)}
-    with pytest.raises(GroupViolation, match="'graft' carries the private 'graft'"):
-        refuse_private({"graft": torch.zeros(7)}, private)
-    with pytest.raises(GroupViolation, match="'innocent' carries the private 'graft'"):
-        refuse_private({"innocent": torch.tensor([1.0, 2.0, 3.0])}, private)
-    with pytest.raises(GroupViolation, match="'wide' carries the private 'graft'"):
-        refuse_private({"wide": torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)}, private)
-    refuse_private(
-        {"other": torch.tensor([1.0, 2.0, 3.5]), "flat": torch.full((3,), -torch.inf), "n": torch.tensor(1.0)}, private
-    )
+@pytest.mark.parametrize("kind", ["private", "frozen"])
+def test_private_and_frozen_values_are_refused_under_any_name(kind: str) -> None:
+    secrets = {"graft": torch.tensor([1.0, 2.0, 3.0]), "closed": torch.full((3,), -torch.inf)}
+
+    def refuse(tensors: Params) -> None:
+        refuse_private(tensors, secrets if kind == "private" else {}, secrets if kind == "frozen" else {})
+
+    with pytest.raises(GroupViolation, match=f"'graft' carries the {kind} 'graft'"):
+        refuse({"graft": torch.zeros(7)})
+    for other in (torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)):
+        with pytest.raises(GroupViolation, match=f"'innocent' carries the {kind} 'graft'"):
+            refuse({"fine": torch.zeros(3), "innocent": other})
+    refuse({"other": torch.tensor([1.0, 2.0, 3.5]), "flat": torch.full((3,), -torch.inf), "n": torch.tensor(1.0)})
 
 
 def test_bytes_by_hand() -> None:

@@ -136,8 +136,8 @@ def test_rounds_seeds_cohorts_and_the_search_all_count(folder: Path) -> None:
     many = method_of(folder, "{name: fedavg}", "seeds=[0, 1, 2]", "federation.cohort_size=2")
     assert one.run_bytes is not None
     assert many.run_bytes == one.run_bytes * 3 * 2 // 5
-    assert many.search_rounds == 2 * 3
-    assert many.local_steps == (6 * 3 + 6) * 2 * 8
+    assert many.search_rounds == 2 * 3 * 3, "every seed searches on its own split"
+    assert many.local_steps == (6 * 3 + 2 * 3 * 3) * 2 * 8
     large = method_of(folder, "{name: fedavg}", "federation.cohort_size=50", "rate_search=null")
     assert large.run_bytes == one.run_bytes, "no more than all clients take part"
 

@@ -15,8 +15,9 @@ from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
 from fedgraft.actors.local import LocalPool
 from fedgraft.aggregation.fedavg import FedAvg
 from fedgraft.aggregation.flex import Flex
-from fedgraft.errors import CheckpointError, FedgraftError, GroupViolation, QuorumError, RunInterrupted, UpdateError
+from fedgraft.errors import CheckpointError, FedgraftError, GroupViolation, QuorumError, RunInterrupted
 from fedgraft.platform.rounds import RoundLoop, usage_entropy
+from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.sampling import sample_cohort
 from fedgraft.platform.tracking import Tracker
 from fedgraft.registry import METHODS
@@ -152,13 +153,18 @@ def test_too_few_answers_end_the_run_resumably(
     assert [row["round"] for row in resumed.rows("metrics")] == [1, 2, 3]
 
 
-def test_deltas_that_are_not_finite_are_named(make_job: Maker, run_job: Maker, use_method: Callable[..., None]) -> None:
+def test_a_client_whose_tensors_are_not_finite_is_a_failure_and_is_not_averaged(
+    make_job: Maker, run_job: Maker, use_method: Callable[..., None]
+) -> None:
     def spoil(self: Any, session: Any, update: ClientUpdate) -> Any:
         return update, {"c": torch.tensor([float("nan") if session.task.client_id == 2 else 1.0])}
 
     use_method(FedAvg, reply=spoil)
-    with pytest.raises(UpdateError, match="client 2, round 1: extras/c has values that are not finite"):
-        run_job(make_job(FEDAVG))
+    ran = run_job(make_job(FEDAVG))
+    assert [row["cohort"] for row in ran.rows("metrics")] == [[0, 1]] * 3
+    failures = RunFolder(ran.job.folder).read_info()["failures"]
+    assert [(each["client_id"], each["stage"]) for each in failures] == [(2, "reply")] * 3
+    assert "c has values that are not finite" in failures[0]["error"]
 
 
 def test_a_frozen_tensor_that_changes_ends_the_run(make_job: Maker, run_job: Maker, use_method: Callable[..., None]) -> None:

@@ -13,6 +13,7 @@ import torch
 from fedgraft.aggregation.fedavg import FedAvg
 from fedgraft.aggregation.flex import Flex
 from fedgraft.data.prepared import PreparedData
+from fedgraft.errors import GroupViolation
 from fedgraft.moe.base import open_base
 from fedgraft.registry import METHODS
 from fedgraft.types import Broadcast, ClientFailure, ClientUpdate, EvaluationTask
@@ -137,11 +138,35 @@ def test_private_state_is_not_let_out(where: str, make_bench: Maker, use_method:
     use_method(broken(Flex, reply=leak))
     bench = make_bench(FLEX)
     params = bench.worker.initial_params()
+    with pytest.raises(GroupViolation, match="carries the private 'model.*down_proj' and was about to be sent"):
+        bench.worker.update(bench.task(0, 1, params), Broadcast(round_idx=1, params=params))
+
+
+def test_a_frozen_tensor_is_not_let_out(make_bench: Maker, use_method: Callable[[type], None]) -> None:
+    def leak(self: Any, session: Any, update: ClientUpdate) -> Any:
+        return update, {"innocent": session.engine.model.get_parameter("lm_head.weight").detach().clone()}
+
+    use_method(broken(FedAvg, reply=leak))
+    bench = make_bench(FEDAVG)
+    params = bench.worker.initial_params()
+    with pytest.raises(GroupViolation, match="'innocent' carries the frozen 'lm_head.weight'"):
+        bench.worker.update(bench.task(0, 1, params), Broadcast(round_idx=1, params=params))
+
+
+def test_what_broke_down_is_neither_sent_nor_stored(make_bench: Maker, use_method: Callable[[type], None]) -> None:
+    def spoil(self: Any, session: Any, update: ClientUpdate) -> Any:
+        key = next(key for key in session.private if "down_proj" in key)
+        session.private[key] = torch.full_like(session.private[key], math.inf)
+        return update, {}
+
+    use_method(broken(Flex, reply=spoil))
+    bench = make_bench(FLEX)
+    params = bench.worker.initial_params()
     outcome, tensors = bench.worker.update(bench.task(0, 1, params), Broadcast(round_idx=1, params=params))
     assert isinstance(outcome, ClientFailure)
-    assert outcome.stage == "reply"
-    assert outcome.error.startswith("GroupViolation: ")
-    assert tensors == {}
+    assert (outcome.stage, tensors) == ("reply", {})
+    assert "down_proj has values that are not finite" in outcome.error
+    assert not list(bench.worker.spec.state_folder.rglob("*.safetensors"))
 
 
 def test_extras_and_statistics_are_counted_with_the_rest(make_bench: Maker, use_method: Callable[[type], None]) -> None:
@@ -210,7 +235,7 @@ def test_nll_is_hugging_faces_loss_of_the_model_of_that_view(
     bench = make_bench(FEDAVG)
     params = bench.worker.initial_params()
     task = EvaluationTask(
-        round_idx=1, view=view, tasks=("client", "retention"), seed=0, keys=tuple(params), client_id=1, split="validation"
+        round_idx=1, view=view, tasks=("client", "retention"), keys=tuple(params), client_id=1, split="validation"
     )
     reply, _ = bench.worker.evaluate(task, Broadcast(round_idx=1, params=params))
     rows = {(row.task, row.metric): row for row in reply.rows}
@@ -236,7 +261,6 @@ def test_a_personal_model_has_the_clients_state_and_a_global_one_has_not(make_be
             round_idx=1,
             view=view,
             tasks=("client",),
-            seed=0,
             keys=tuple(params),
             client_id=client,
             **fields,  # type: ignore[arg-type]
