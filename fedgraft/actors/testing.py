@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedgraft.errors import GroupViolation
+
 __all__ = ["Double", "Item"]
 
 
@@ -18,7 +20,7 @@ __all__ = ["Double", "Item"]
 class Item:
     """What a double is to do: answer with ``number``, after it did ``act`` once.
 
-    ``act`` is ``die`` (SIGKILL to its own process), ``hang`` (for an hour), ``raise`` (always, not once) or nothing. ``once``
+    ``act`` is ``die`` (SIGKILL to its own process), ``hang`` (for an hour), ``raise`` or ``violate`` (always, not once) or nothing. ``once``
     is a file whose presence says that it was done.
     """
 
@@ -38,6 +40,8 @@ class Double:
         """Give number + shared, and a large result of it."""
         if item.act == "raise":
             raise ValueError(f"item {item.number} is bad")
+        if item.act == "violate":
+            raise GroupViolation(f"item {item.number} sends what it must not", "keep it")
         if item.act and item.once is not None and not item.once.exists():
             item.once.touch()
             if item.act == "die":

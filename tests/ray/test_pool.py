@@ -13,7 +13,7 @@ import ray
 from fedgraft.actors.hosting import Finished, PoolOptions
 from fedgraft.actors.pool import RayPool
 from fedgraft.actors.testing import Double, Item
-from fedgraft.errors import ClusterError
+from fedgraft.errors import ClusterError, GroupViolation
 
 pytestmark = pytest.mark.ray
 
@@ -92,3 +92,23 @@ def test_closing_ends_the_processes() -> None:
     psutil.wait_procs([process], timeout=10)
     assert not process.is_running()
     assert ray.is_initialized()
+
+
+def test_a_replica_that_died_while_idle_is_replaced(pool: RayPool) -> None:
+    before = pool.call("pid")
+    psutil.Process(before[1]).kill()
+    psutil.Process(before[1]).wait(10)
+    after = pool.call("pid")
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    psutil.Process(after[0]).kill()
+    psutil.Process(after[0]).wait(10)
+    pool.host(Double)
+    assert {index: done.value for index, done in _run(pool, [Item(number=n) for n in range(4)]).items()} == {
+        n: n + 100 for n in range(4)
+    }
+
+
+def test_a_broken_promise_ends_the_map_at_once(pool: RayPool) -> None:
+    with pytest.raises(GroupViolation, match="item 3 sends what it must not"):
+        _run(pool, [Item(number=3, act="violate")])
