@@ -20,7 +20,8 @@ __all__ = ["Double", "Item"]
 class Item:
     """What a double is to do: answer with ``number``, after it did ``act`` once.
 
-    ``act`` is ``die`` (SIGKILL to its own process), ``hang`` (for an hour), ``raise`` or ``violate`` (always, not once) or nothing. ``once``
+    ``act`` is ``die`` (SIGKILL to its own process), ``hang`` (for an hour), ``raise`` or ``violate`` (always, not once), or
+    nothing. ``once``
     is a file whose presence says that it was done.
     """
 
