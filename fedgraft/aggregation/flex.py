@@ -68,8 +68,9 @@ class FlexConfig(MethodConfig):
             raise ValueError("granularity: neuron has no effect with graft_init: random")
         if self.graft_init == "random" and "score" in given and self.graft_layer_fraction == 1:
             raise ValueError("score has no effect with graft_init: random, which copies no expert")
-        if self.gate_closed and "gate_bias" in given:
-            raise ValueError("gate_bias has no effect with gate_closed: true")
+        idle = sorted({"gate_bias", "mode", "graft_lr_scale", "gate_lr_scale", "persist_optimizer"} & given)
+        if self.gate_closed and idle:
+            raise ValueError(f"{', '.join(idle)} has no effect with gate_closed: true; remove it")
         if self.share_gate and (self.graft_layer_fraction < 1 or self.gate_closed):
             raise ValueError("share_gate needs an open gate in every layer of every client: set graft_layer_fraction to 1")
         return self

@@ -7,6 +7,7 @@ clients arrive, at most one partial sum a level waits, not the cohort.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -38,11 +39,13 @@ def leaf(tensors: Params, weights: dict[str, float]) -> PartialSum:
         weights: Its weight by key, >= 0; a key with weight 0 is as if it had not been sent.
 
     Raises:
-        UpdateError: A tensor has values that are not finite; they are never averaged.
+        UpdateError: A tensor has values that are not finite, which are never averaged, or a weight is negative or not finite.
     """
     found = PartialSum()
     for key, tensor in tensors.items():
         weight = weights[key]
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UpdateError(f"{key} has weight {weight}", "a method's weigh gives weights that are finite and >= 0")
         if weight == 0:
             continue
         if not bool(torch.isfinite(tensor).all()):

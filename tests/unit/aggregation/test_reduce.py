@@ -138,6 +138,12 @@ def test_values_that_are_not_finite_are_refused(value: float) -> None:
         leaf(tensors, {"fine": 1.0, "bad": 1.0})
 
 
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_weights_that_make_no_mean_are_refused(weight: float) -> None:
+    with pytest.raises(UpdateError, match="w has weight"):
+        leaf({"w": torch.ones(1)}, {"w": weight})
+
+
 def test_shapes_must_agree() -> None:
     tree = TreeSum(2)
     tree.add(0, leaf({"w": torch.zeros(1)}, {"w": 1.0}))
