@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from fedgraft.errors import (
     QuorumError,
     RunInterrupted,
 )
-from fedgraft.moe.base import cache_base, facts_of, num_parameters
+from fedgraft.moe.base import cache_base
 from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import launch
@@ -47,17 +46,17 @@ from fedgraft.platform.loading import dump_config, load_config
 from fedgraft.platform.plan import MachineFacts, free_memory, make_plan, usable_cores
 from fedgraft.platform.progress import Event
 from fedgraft.platform.report import write_report
-from fedgraft.platform.results import ComparisonResult, RunResult, client_values, read_comparison, read_run
+from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison
 from fedgraft.platform.rounds import RoundLoop, RunJob
 from fedgraft.platform.run_folder import RunFolder, write_json
+from fedgraft.platform.run_record import begin_record, describe_model, package_versions
 from fedgraft.platform.tracking import Tracker, TrackingConfig
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import MethodConfig, TrainSpec
 from fedgraft.registry import METHODS
+from fedgraft.tuning.rates import choose_rate, read_choice, validation_loss
 
 __all__ = ["Experiment", "run"]
-
-_PACKAGES = ("fedgraft", "torch", "transformers", "peft", "ray", "deepspeed", "datasets", "mlflow")
 
 
 def run(
@@ -129,6 +128,7 @@ class _Execution:
         self._config = load_config(folder / "config.yaml")
         self._methods = self._config.methods()
         self._cache = self._config.output.cache or default_cache()
+        self._model: dict[str, Any] = {}
         previous = folder / "comparison.json"
         self._mlflow_run_id = json.loads(previous.read_text()).get("mlflow_run_id") if previous.is_file() else None
 
@@ -213,6 +213,11 @@ class _Execution:
                 )
             )
         self._stage("opening the base model")
+        self._model = describe_model(
+            source,
+            name="the bundled model" if config.model.is_bundled else source,
+            trusts_remote_code=config.model.trust_remote_code,
+        )
         return cache_base(source, config.model.dtype, self._cache / "bases", trusts_remote_code=config.model.trust_remote_code)
 
     def _on_pretrain(self, step: int, total: int, loss: float) -> None:
@@ -224,70 +229,45 @@ class _Execution:
             raise RunInterrupted("stopped between two runs", "it can be resumed")
 
     def _search(self, pool: Pool, label: str, method: MethodConfig, seed: int, base: Path, data: Path) -> float:
-        """Choose a method's learning rate for a seed; one that was chosen before an interruption is not chosen again.
+        """Choose a method's learning rate for a seed.
 
         Every seed has splits of its own, so each chooses by its own validation examples: another seed's may be its test ones.
         """
         search = self._config.rate_search
         if search is None or METHODS.build(method).num_rounds(self._config.federation.rounds) == 0:
             return self._config.training.learning_rate
-        folder = self._folder / "search" / label / f"seed-{seed}"
-        found = self._searched(label, seed)
-        if not found:
-            losses = []
-            for rate in search.rates:
-                self._stop_if_asked()
-                losses.append(self._try_rate(pool, label, method, seed, rate, folder / f"lr-{rate:g}", base, data))
-            scores = [math.inf if loss is None else loss for loss in losses]
-            best = min(range(len(losses)), key=lambda i: (scores[i], i))
-            if scores[best] == math.inf:
-                raise QuorumError(
-                    f"{label}: training broke down at every rate of the grid ({', '.join(f'{r:g}' for r in search.rates)})",
-                    "add lower rates to rate_search.rates",
-                )
-            found = {
-                "rates": list(search.rates),
-                "validation_nll": losses,
-                "chosen": search.rates[best],
-                "is_edge": best in (0, len(losses) - 1),
-                "rounds": search.rounds,
-            }
-            write_json(found, folder / "rates.json")
-            self._write_comparison("running")
+        rounds = search.rounds
+
+        def try_rate(rate: float, folder: Path) -> float | None:
+            self._stop_if_asked()
+            job = self._job(label, method, seed, rate, folder, base, data, purpose="search", rounds=rounds)
+            return self._try(pool, job, method, seed)
+
+        found = choose_rate(label, search, self._search_folder(label, seed), try_rate)
+        self._write_comparison("running")
         if found["is_edge"]:
             self._emit("note", label, text=f"the best learning rate {found['chosen']:g} is at the edge of the grid")
         return float(found["chosen"])
 
-    def _searched(self, label: str, seed: int) -> dict[str, Any]:
-        """What the search of a method found for a seed; empty before it is over."""
-        path = self._folder / "search" / label / f"seed-{seed}" / "rates.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+    def _search_folder(self, label: str, seed: int) -> Path:
+        return self._folder / "search" / label / f"seed-{seed}"
 
-    def _try_rate(
-        self, pool: Pool, label: str, method: MethodConfig, seed: int, rate: float, folder: Path, base: Path, data: Path
-    ) -> float | None:
-        """Mean validation NLL of the personal models after the search's rounds; ``None`` where training broke down."""
-        search = self._config.rate_search
-        assert search is not None
-        job = self._job(label, method, seed, rate, folder, base, data, purpose="search", rounds=search.rounds)
-        if RunFolder(folder).read_info().get("status") != "finished":
-            self._emit("run_started", label, seed=seed, rounds=search.rounds, learning_rate=rate, purpose="search")
-            self._write_run(folder, label, method, seed, rate, data, status="running")
+    def _try(self, pool: Pool, job: RunJob, method: MethodConfig, seed: int) -> float | None:
+        """Train with one rate of a search; a try that is over is not made again."""
+        record, rate = RunFolder(job.folder), job.learning_rate
+        if record.read_info().get("status") != "finished":
+            self._emit("run_started", job.label, seed=seed, rounds=job.rounds, learning_rate=rate, purpose="search")
+            self._begin_record(job, method, seed)
+            error = None
             try:
-                self._loop(job, pool, Tracker.start(TrackingConfig(enabled=False), self._folder, label, {})).run()
-            except (QuorumError, ModelError) as error:
-                self._emit("note", label, text=f"learning rate {rate:g} is out: {error.message}")
-                RunFolder(folder).write_info(status="finished", error=error.message)
-            else:
-                RunFolder(folder).write_info(status="finished")
+                self._loop(job, pool, Tracker.start(TrackingConfig(enabled=False), self._folder, job.label, {})).run()
+            except (QuorumError, ModelError) as raised:
+                error = raised.message
+                self._emit("note", job.label, text=f"learning rate {rate:g} is out: {error}")
+            record.write_info(status="finished", error=error)
             for part in ("clients", "checkpoints"):
-                shutil.rmtree(folder / part, ignore_errors=True)
-        if "error" in RunFolder(folder).read_info():
-            return None
-        values = client_values(read_run(folder), split="validation")
-        last = values[values["round"] == values["round"].max()]
-        loss = float(last["value"].mean())
-        return loss if math.isfinite(loss) else None
+                shutil.rmtree(job.folder / part, ignore_errors=True)
+        return None if record.read_info().get("error") else validation_loss(job.folder)
 
     def _run(
         self,
@@ -307,7 +287,8 @@ class _Execution:
         started = time.time()
         rounds = METHODS.build(method).num_rounds(self._config.federation.rounds)
         self._emit("run_started", label, seed=seed, rounds=rounds, learning_rate=rate, purpose="run")
-        self._write_run(folder, label, method, seed, rate, data, status="running")
+        job = self._job(label, method, seed, rate, folder, base, data, purpose="run", rounds=rounds)
+        self._begin_record(job, method, seed)
         params = {
             "method": method.model_dump(mode="json"),
             "seed": seed,
@@ -315,11 +296,10 @@ class _Execution:
             "federation": self._config.federation.model_dump(mode="json"),
             "data": self._config.data.model_dump(mode="json"),
             "model": self._config.model.model_dump(mode="json"),
-            "versions": _versions(),
+            "versions": package_versions(),
         }
         tracker = self._tracker(f"{label}/seed-{seed}", params, folder, known=known.get("mlflow_run_id"), parent=parent.run_id)
         RunFolder(folder).write_info(mlflow_run_id=tracker.run_id)
-        job = self._job(label, method, seed, rate, folder, base, data, purpose="run", rounds=rounds)
         try:
             self._loop(job, pool, tracker).run()
         except Exception as error:
@@ -390,59 +370,25 @@ class _Execution:
     def _loop(self, job: RunJob, pool: Pool, tracker: Tracker) -> RoundLoop:
         return RoundLoop(job, pool, tracker=tracker, emit=self._context.emit, is_stopping=self._context.is_stopping)
 
-    def _write_run(
-        self, folder: Path, label: str, method: MethodConfig, seed: int, rate: float, data: Path, *, status: str
-    ) -> None:
-        """Write what is known before the first round: facts, versions, partition, the resolved config."""
-        opened = PreparedData.open(data)
-        record = RunFolder(folder)
-        before = record.read_info().get("data_fingerprint", opened.fingerprint)
-        if before != opened.fingerprint:
-            raise CheckpointError(
-                f"{label} with seed {seed} was begun on other data (fingerprint {before[:12]}, now {opened.fingerprint[:12]})",
-                "put the data back as they were, or start a new run",
-            )
-        source = self._config.model.source
-        described = METHODS.build(method)
-        record.write_info(
-            run_id=f"{self._folder.name}/{label}/seed-{seed}",
-            label=label,
-            method=method.name,
-            method_title=described.title,
+    def _begin_record(self, job: RunJob, method: MethodConfig, seed: int) -> None:
+        begin_record(
+            job.folder,
+            run_id=f"{self._folder.name}/{job.folder.relative_to(self._folder)}",
+            label=job.label,
+            method=method,
             seed=seed,
-            status=status,
-            num_clients=opened.num_clients,
-            client_names=list(opened.client_names),
-            learning_rate=rate if described.num_rounds(1) else None,  # the base trains at no rate
-            model=self._model_facts(source),
-            versions=_versions(),
-            started_at=record.read_info().get("started_at") or datetime.now().isoformat(timespec="seconds"),
-            data_fingerprint=opened.fingerprint,
+            rate=job.learning_rate,
+            model=self._model,
+            data=PreparedData.open(job.worker.data_folder),
+            config=self._folder / "config.yaml",
         )
-        write_json(_partition(opened), folder / "partition.json")
-        shutil.copyfile(self._folder / "config.yaml", folder / "config.yaml")
-
-    def _model_facts(self, source: str) -> Mapping[str, Any]:
-        source = source or str(ensure_bundled_model(self._cache, None))
-        facts = facts_of(source, trusts_remote_code=self._config.model.trust_remote_code)
-        count = num_parameters(source, trusts_remote_code=self._config.model.trust_remote_code)
-        return {
-            "name": "the bundled model" if self._config.model.is_bundled else source,
-            "family": facts.family,
-            "layers": list(facts.layers),
-            "num_experts": facts.num_experts,
-            "top_k": facts.top_k,
-            "hidden_size": facts.hidden_size,
-            "expert_size": facts.expert_size,
-            "num_parameters": count,
-        }
 
     def _write_comparison(self, status: str, **more: Any) -> None:
         """Write what the report reads: labels, runs, chosen rates."""
         config = self._config
         searches = {}
         for label in self._methods:
-            by_seed = {seed: found for seed in config.seeds if (found := self._searched(label, seed))}
+            by_seed = {seed: found for seed in config.seeds if (found := read_choice(self._search_folder(label, seed)))}
             if by_seed:
                 chosen = {str(seed): found["chosen"] for seed, found in by_seed.items()}
                 searches[label] = next(iter(by_seed.values())) | {"chosen_by_seed": chosen}
@@ -513,20 +459,3 @@ def _new_folder(config: RunConfig) -> Path:
             ) from error
         return folder
     raise FedgraftError(f"too many runs called {stem} in {root}", "set name to something else")
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in _PACKAGES}
-
-
-def _partition(data: PreparedData) -> dict[str, Any]:
-    table = data.partition_table()
-    labels = table["labels"]
-    clients = []
-    for i, name in enumerate(data.client_names):
-        splits = {
-            split: {label: count for label, count in zip(labels, table[split][i], strict=True) if count}
-            for split in ("train", "validation", "test")
-        }
-        clients.append({"client_id": i, "name": name, **splits})
-    return {"labels": labels, "clients": clients}
