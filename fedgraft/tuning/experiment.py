@@ -133,6 +133,14 @@ class _Execution:
         self._mlflow_run_id = json.loads(previous.read_text()).get("mlflow_run_id") if previous.is_file() else None
 
     def run(self) -> None:
+        """Run what is left; however it ends, ``comparison.json`` says so."""
+        try:
+            self._run_all()
+        except Exception as error:
+            self._write_comparison("stopped" if isinstance(error, RunInterrupted) else "failed")
+            raise
+
+    def _run_all(self) -> None:
         config = self._config
         started = time.time()
         self._write_comparison("running")
@@ -170,10 +178,8 @@ class _Execution:
                     rate = self._search(pool, label, method, seed, base_folder, data[seed])
                     self._run(pool, label, method, seed, rate, base_folder, data[seed], parent)
         except Exception as error:
-            status = "stopped" if isinstance(error, RunInterrupted) else "failed"
-            self._write_comparison(status)
             if parent is not None:
-                parent.finish(status)
+                parent.finish("stopped" if isinstance(error, RunInterrupted) else "failed")
             raise
         finally:
             pool.close()
