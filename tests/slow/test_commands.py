@@ -31,6 +31,7 @@ def _experiment(folder: Path) -> fedgraft.ComparisonResult:
     return fedgraft.read_comparison(found.parent)
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")  # MLflow's own, met when it is asked
 def test_quickstart_from_an_empty_cache(tmp_path: Path) -> None:
     short = ["federation.rounds=2", "federation.local_steps=4", "rate_search={rates: [0.003, 0.01], rounds: 1}"]
     short += ["evaluation.max_generate=8", "data.bundled.test_per_domain=16"]

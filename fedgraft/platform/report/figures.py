@@ -301,19 +301,20 @@ def layer_dots(
     alt: str,
     layers: Sequence[int],
     own: Sequence[float],
-    general: Sequence[float],
+    general: Sequence[float] | None,
     *,
     colour: int,
     title: str,
 ) -> str:
-    """Draw two values a layer, joined: on clients' own text (filled) and on general text (hollow)."""
+    """Draw a value a layer on clients' own text (filled) and, joined with it, on general text (hollow) where there is any."""
     figure, axes = _figure(_WIDTH, 2.9)
     x = np.arange(len(layers))
-    for position, first, second in zip(x, own, general, strict=True):
-        axes.plot([position, position], [first, second], color=_GRID, lw=3, solid_capstyle="round", zorder=1)
     main = _METHODS[colour]
     axes.plot(x, own, ls="", marker="o", ms=6.5, color=main, label="clients' own text", zorder=3)
-    axes.plot(x, general, ls="", marker="o", ms=6, mfc=_PAPER, mec=main, mew=1.6, label="general text", zorder=3)
+    if general is not None:
+        for position, first, second in zip(x, own, general, strict=True):
+            axes.plot([position, position], [first, second], color=_GRID, lw=3, solid_capstyle="round", zorder=1)
+        axes.plot(x, general, ls="", marker="o", ms=6, mfc=_PAPER, mec=main, mew=1.6, label="general text", zorder=3)
     step = max(1, len(layers) // 16)
     axes.set_xticks(x[::step], [str(layer) for layer in layers[::step]])
     axes.set_xlabel("layer")

@@ -87,12 +87,13 @@ def _graft_gates(subject: Subject) -> list[str]:
         if not entries:
             continue
         own = np.nanmean([values["mean_open_own"] for _, values in entries], axis=0)
-        general = np.nanmean([values["mean_open_retention"] for _, values in entries], axis=0)
+        measured = [values["mean_open_retention"] for _, values in entries if values["mean_open_retention"]]
+        general = np.nanmean(measured, axis=0).tolist() if measured else None  # a run may have no general text
         layers = _layers(runs[0], len(own))
         charts.append(
             figures.layer_dots(
                 f"gate-{len(charts)}", f"Mean opening of the graft gate of {label} by layer", layers,
-                own.tolist(), general.tolist(),
+                own.tolist(), general,
                 colour=subject.colours[label], title=f"{label}: mean opening of the graft gate",
             )
         )  # fmt: skip

@@ -118,6 +118,15 @@ def test_resuming_on_other_data_is_refused(make_config: Make, monkeypatch: pytes
         fedgraft.run(resume=folder)
 
 
+def test_a_report_of_grafts_needs_no_general_text(make_config: Make) -> None:
+    output = make_config().output.model_dump(mode="json") | {"report": True}
+    result = fedgraft.run(make_config(method={"name": "flex"}, output=output))
+    assert result.report is not None
+    page = result.report.read_text()
+    assert "mean opening of the graft gate" in page
+    assert "general text</text>" not in page
+
+
 def test_more_clients_wanted_than_there_are(make_config: Make) -> None:
     config = make_config(federation={"rounds": 1, "min_clients": 100})
     with pytest.raises(ConfigError, match=r"federation.min_clients: got 100; expected at most 3"):
