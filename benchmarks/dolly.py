@@ -3,7 +3,7 @@
     python benchmarks/dolly.py --model FOLDER --data dolly15k.jsonl.gz --retention TEXT --questions mmlu.jsonl.gz
 
 The configuration is examples/dolly_compare.yaml with the sizes below, which suit a model of about 12 M parameters on two cores
-(about 40 minutes). Learning rates are chosen on the validation split with the first seed. The table is written to
+(about 40 minutes). Learning rates are chosen on each seed's validation split. The table is written to
 benchmarks/results/dolly.md, the numbers to benchmarks/results/dolly.json.
 """
 
