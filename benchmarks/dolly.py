@@ -4,7 +4,7 @@
 
 The configuration is examples/dolly_compare.yaml with the sizes below, which suit a model of about 12 M parameters on two cores
 (about 40 minutes). Learning rates are chosen on each seed's validation split. The table is written to
-benchmarks/results/dolly.md, the numbers to benchmarks/results/dolly.json.
+benchmarks/results/dolly-table.md (dolly.md has it with a reading in words), the numbers to dolly.json beside it.
 """
 
 from __future__ import annotations
