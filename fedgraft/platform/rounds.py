@@ -86,6 +86,7 @@ class RoundLoop:
         self._groups: dict[str, Group] = {}
         self._versions: dict[int, int] = {}
         self._failures: list[dict[str, Any]] = []
+        self._made_again: list[ClientTask] = []
 
     def run(self) -> ServerState:
         """Run all rounds that are left.
@@ -158,6 +159,9 @@ class RoundLoop:
         self._check_quorum(updates, len(cohort), round_idx)
         weights = method.weigh(state, updates)
         reduced = self._reduce(tasks, outcomes, handles, weights, shared)
+        for task in self._made_again:
+            rows += _charge(task, self._describe_sent(task, state), None, num_tries=1, attempt=2)
+        self._made_again.clear()
         new_state = method.aggregate(state, reduced, updates)
         for update in updates:
             if update.state_version is not None:
@@ -293,6 +297,7 @@ class RoundLoop:
                 if finished.error is not None or isinstance(finished.value, ClientFailure):
                     break
                 handle = finished.handle
+                self._made_again.append(task)
         raise QuorumError(f"the update of client {task.client_id} was lost and could not be made again", "resume the run")
 
     def _record(self, round_idx: int, updates: Sequence[ClientUpdate], rows: Sequence[Entry], seconds: float) -> dict[str, float]:

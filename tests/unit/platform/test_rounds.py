@@ -225,8 +225,12 @@ class LosingPool(LocalPool):
 def test_a_lost_result_is_made_again_to_the_same_bits(make_job: Maker, run_job: Maker, assert_same_bits: Maker) -> None:
     straight = run_job(make_job(FLEX))
     pool = LosingPool()
-    assert_same_bits(loop_on(make_job(FLEX), pool).run().params, straight.state.params)
+    job = make_job(FLEX)
+    assert_same_bits(loop_on(job, pool).run().params, straight.state.params)
     assert pool.num_calls == 9 + 1
+    ledger = [json.loads(line) for line in (job.folder / "ledger.jsonl").read_text().splitlines()]
+    assert len([row for row in ledger if row["is_retry"]]) == 1, "what went down again is charged, marked as a retry"
+    assert [row for row in ledger if not row["is_retry"]] == straight.rows("ledger")
     with pytest.raises(QuorumError, match="client 0 was lost and could not be made again"):
         loop_on(make_job(FLEX), LosingPool(times=99)).run()
 
