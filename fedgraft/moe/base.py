@@ -21,14 +21,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fedgraft.errors import ModelError
 from fedgraft.moe.families import family_of, model_facts
 from fedgraft.types import ModelFacts
 
-__all__ = ["cache_base", "facts_of", "fingerprint_folder", "load_tokenizer", "num_parameters", "open_base"]
+__all__ = ["cache_base", "facts_of", "fingerprint_folder", "num_parameters", "open_base"]
 
 _WEIGHTS = "model.safetensors"
 _DONE = "base.json"
@@ -130,14 +130,6 @@ def open_base(folder: Path, device: str = "cpu") -> nn.Module:
     model.requires_grad_(False)
     model.eval()
     return model
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base; one without a padding token pads with its end token."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def facts_of(model: str, *, trusts_remote_code: bool = False) -> ModelFacts:

@@ -22,6 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgraft.errors import FedgraftError
+from fedgraft.training.evaluate import is_informative
+from fedgraft.types import Weighted
 
 __all__ = [
     "QUANTITIES",
@@ -40,7 +42,7 @@ __all__ = [
     "summary_table",
 ]
 
-_CHOICE_CHANCE = 0.25
+_NUM_CHOICES = 4  # as in MMLU, where a run does not say
 
 _METRICS_COLUMNS = ("round", "train_loss", "seconds", "bytes_up", "bytes_down", "cohort")
 _EVALUATION_COLUMNS = ("round", "view", "task", "client_id", "split", "metric", "total", "weight")
@@ -281,8 +283,8 @@ def best_round(run: RunResult) -> int:
 def is_choice_informative(result: RunResult | ComparisonResult) -> bool | None:
     """Say whether the multiple-choice task tells anything about this model.
 
-    It does not where the untouched base model is within two standard errors of chance (0.25, four options):
-    |accuracy - 0.25| <= 2 sqrt(0.25 * 0.75 / n) for n questions. The base is the comparison's base label, else round 0
+    It does not where the untouched base model is within two standard errors of chance, p = 1 / choices:
+    |accuracy - p| <= 2 sqrt(p (1 - p) / n) for n questions. The base is the comparison's base label, else round 0
     of the first run that has it. ``None`` where the base was not asked.
     """
     runs = _runs_by_label(result)
@@ -292,9 +294,9 @@ def is_choice_informative(result: RunResult | ComparisonResult) -> bool | None:
             rows = client_values(run, "choice", "choice_accuracy")
             rows = rows[(rows["round"] == 0) & rows["value"].notna()]
             if len(rows):
+                num_choices = int(run.info.get("num_choices") or _NUM_CHOICES)
                 accuracy, count = float(rows["value"].mean()), float(rows["weight"].max())
-                error = math.sqrt(_CHOICE_CHANCE * (1 - _CHOICE_CHANCE) / count)
-                return abs(accuracy - _CHOICE_CHANCE) > 2 * error
+                return is_informative(Weighted(total=accuracy * count, weight=count), num_choices)
     return None
 
 

@@ -53,7 +53,7 @@ def _summary_section(subject: Subject) -> Section:
         words.insert(0, "Tinted: best of a column. Outlined: within two standard errors of it. Click a heading to sort.")
     warnings = []
     if is_choice_informative(subject.result) is False:
-        warnings.append("Choice accuracy tells nothing here: the untouched model is within two standard errors of chance (0.25).")
+        warnings.append("Choice accuracy tells nothing here: the untouched model is within two standard errors of chance.")
     return Section(key="summary", title="Summary", words=tuple(words), warnings=tuple(warnings), tables=tuple(tables))
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from fedgraft.errors import ModelError
-from fedgraft.moe.base import cache_base, facts_of, fingerprint_folder, load_tokenizer, num_parameters, open_base
+from fedgraft.moe.base import cache_base, facts_of, fingerprint_folder, num_parameters, open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.types import Batch
 
@@ -183,16 +183,3 @@ def test_a_cached_base_that_lacks_a_weight_or_is_torn_is_a_model_error(qwen: Pat
     path.write_bytes(content[:-100])
     with pytest.raises(ModelError, match="delete this folder"):
         open_base(folder)
-
-
-def test_a_tokenizer_without_padding_pads_with_its_end(
-    byte_tokenizer: PreTrainedTokenizerFast, qwen: Path, tmp_path: Path
-) -> None:
-    folder = cache_base(str(qwen), "float32", tmp_path / "cache")
-    assert load_tokenizer(folder).pad_token_id == 0
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    del config["pad_token"]
-    path.write_text(json.dumps(config))
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == byte_tokenizer.eos_token_id
