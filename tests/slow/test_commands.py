@@ -20,6 +20,12 @@ ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of bases for all tests of this file: the bundled model is pre-trained once, in nobody's home."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def _fedgraft(*arguments: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedgraft", *arguments]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
@@ -32,10 +38,10 @@ def _experiment(folder: Path) -> fedgraft.ComparisonResult:
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")  # MLflow's own, met when it is asked
-def test_quickstart_from_an_empty_cache(tmp_path: Path) -> None:
+def test_quickstart_from_an_empty_cache(tmp_path: Path, cache: Path) -> None:
     short = ["federation.rounds=2", "federation.local_steps=4", "rate_search={rates: [0.003, 0.01], rounds: 1}"]
     short += ["evaluation.max_generate=8", "data.bundled.test_per_domain=16"]
-    done = _fedgraft("run", *short, folder=tmp_path, FEDGRAFT_CACHE=str(tmp_path / "cache"))
+    done = _fedgraft("run", *short, folder=tmp_path, FEDGRAFT_CACHE=str(cache))
     assert done.returncode == 0, done.stdout + done.stderr
     result = _experiment(tmp_path)
     assert result.labels == ("base", "local", "fedavg", "flex", "flex-random", "private-lora")
@@ -64,10 +70,10 @@ def test_quickstart_from_an_empty_cache(tmp_path: Path) -> None:
         "run",
         *("method.name=fedavg", "federation.rounds=1", "rate_search=null", "executor.kind=in_process", "output.report=false"),
         folder=tmp_path,
-        FEDGRAFT_CACHE=str(tmp_path / "cache"),
+        FEDGRAFT_CACHE=str(cache),
     )
     assert again.returncode == 0, again.stdout + again.stderr
-    assert len(list((tmp_path / "cache" / "bundled").glob("*/pretrain.json"))) == 1
+    assert len(list((cache / "bundled").glob("*/pretrain.json"))) == 1
 
 
 def _loaded_addresses(report: Path) -> str:
@@ -127,10 +133,11 @@ def test_bad_configuration_ends_with_code_2_and_no_traceback(tmp_path: Path) -> 
     assert not (tmp_path / "runs").exists()
 
 
-def test_payload_and_records_are_json(tmp_path: Path) -> None:
+def test_payload_and_records_are_json(tmp_path: Path, cache: Path) -> None:
     short = ["method.name=fedavg", "federation.rounds=1", "federation.local_steps=1", "rate_search=null"]
     small = ["executor.kind=in_process", "output.report=false", "tracking.enabled=false"]
-    done = _fedgraft("run", *short, *small, "data.bundled.test_per_domain=4", "evaluation.generate=never", folder=tmp_path)
+    fewer = ["data.bundled.test_per_domain=4", "evaluation={generate: never}"]
+    done = _fedgraft("run", *short, *small, *fewer, folder=tmp_path, FEDGRAFT_CACHE=str(cache))
     assert done.returncode == 0, done.stdout + done.stderr
     for path in (tmp_path / "runs").rglob("*"):
         assert path.suffix in {"", ".json", ".jsonl", ".yaml", ".safetensors"}, path
