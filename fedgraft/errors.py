@@ -6,6 +6,7 @@
       ModelError                  2   a model folder, a family, a target that matches nothing
       MethodError                 2   a method's name, its file, its options
       ClusterError                3   Ray cannot give what was asked for
+      ReplicaError                3   a replica cannot go on; it is replaced and its task run again
       GroupViolation              4   a private or frozen tensor was about to be sent, or a frozen one changed
       UpdateError                 4   a client's reply does not fit the round (names, shapes, dtypes, finite values)
       QuorumError                 5   fewer clients than ``federation.min_clients`` answered
@@ -31,6 +32,7 @@ __all__ = [
     "ModelError",
     "Problem",
     "QuorumError",
+    "ReplicaError",
     "RunInterrupted",
     "UpdateError",
 ]
@@ -112,6 +114,12 @@ class MethodError(FedgraftError):
 
 class ClusterError(FedgraftError):
     """Ray cannot be started or joined, or cannot give the resources asked for."""
+
+    exit_code = 3
+
+
+class ReplicaError(FedgraftError):
+    """A replica's process cannot go on, e.g. with half a step in sharded buffers; a new one takes over its task."""
 
     exit_code = 3
 

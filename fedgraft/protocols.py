@@ -80,7 +80,8 @@ class TrainSpec:
     """Plain numbers of one local training.
 
     ``lr_scale`` multiplies the learning rate by key (missing: 1); ``max_grad_norm`` clips the norm over all trained
-    tensors (``None``: no clipping).
+    tensors (``None``: no clipping). ``num_parts`` >= 1 cuts each batch (each rank's share of it) into parts that run one
+    after the other, their gradients added up.
     """
 
     learning_rate: float
@@ -88,6 +89,7 @@ class TrainSpec:
     weight_decay: float = 0.0
     max_grad_norm: float | None = 1.0
     lr_scale: Mapping[str, float] = field(default_factory=dict)
+    num_parts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,13 +114,16 @@ class Engine(Protocol):
     """A model with slots on some device: tensors are loaded into it, trained, and read back.
 
     ``refs`` lists every slot; ``initial`` its start values, which depend on the run's seed only. ``model`` is the HF model
-    for forward passes; ``facts`` its sizes.
+    for forward passes; ``facts`` its sizes. Where a replica has several ranks all of them call the same things in the same
+    order, and ``is_leader`` is true in one of them.
     """
 
     model: nn.Module
     facts: ModelFacts
     refs: tuple[ParamRef, ...]
     initial: Params
+    device: torch.device
+    is_leader: bool
 
     def load(self, params: Params) -> None:
         """Copy tensors into the slots of these keys.
@@ -150,13 +155,22 @@ class Engine(Protocol):
             keys: Slots to train.
             seed: For dropout.
             terms: Gives extra loss terms by name from the batch and the model's output.
-            after_backward: Called with the step, from 0, between backward and clipping; may change ``.grad``.
+            after_backward: Called with the step, from 0, between backward and clipping; may change gradients.
             optimizer_state: Moments to start from, as ``keep_optimizer_state`` gave them.
             keep_optimizer_state: Keys whose moments the result carries.
 
         Raises:
             UpdateError: The loss of a step is not finite.
         """
+
+    def read_gradients(self, keys: Iterable[str]) -> Params:
+        """Copy the gradients of these slots out, on the CPU; only between backward and the step (``after_backward``)."""
+
+    def write_gradients(self, gradients: Params) -> None:
+        """Replace the gradients of these slots; only between backward and the step (``after_backward``)."""
+
+    def close(self) -> None:
+        """Let go of what the engine holds beside its model; it is not used again."""
 
     def frozen_hash(self) -> str:
         """SHA-256 over name, shape and bytes of every tensor of the model that is no slot."""
@@ -228,6 +242,7 @@ class Method(ABC):
 
     Class attributes describe it for ``fedgraft methods``: ``name``, ``title``, ``paper`` (authors, year, identifier),
     ``summary`` (one line), ``reconstructed`` (what is ours where the source is silent; empty if nothing is).
+    ``uses_batch_statistics`` says that a loss term is no mean over tokens, so that a batch must not be cut into parts.
     """
 
     name: ClassVar[str]
@@ -235,6 +250,7 @@ class Method(ABC):
     paper: ClassVar[str]
     summary: ClassVar[str]
     reconstructed: ClassVar[str] = ""
+    uses_batch_statistics: ClassVar[bool] = False
     config_class: ClassVar[type[MethodConfig]]
 
     def __init__(self, config: MethodConfig) -> None:
@@ -303,7 +319,10 @@ class Method(ABC):
         return {}
 
     def after_backward(self, session: Session, step: int) -> None:
-        """Change gradients between backward and clipping."""
+        """Change gradients between backward and clipping, with ``session.engine.read_gradients`` and ``write_gradients``.
+
+        They are those of the whole batch, whatever parts or ranks it was cut into; ``.grad`` itself is empty in some engines.
+        """
 
     def local(self, session: Session, train: Callable[[], TrainResult]) -> TrainResult:
         """Train locally; ``train()`` runs the standard loop."""

@@ -38,6 +38,7 @@ __all__ = [
     "ModelFacts",
     "ParamRef",
     "Params",
+    "Projection",
     "RoundPlan",
     "ServerState",
     "Slots",
@@ -128,11 +129,27 @@ class ParamRef:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Projection:
+    """One linear map of an attention block: its module's name below the decoder layer, and its sizes."""
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        """Values of its weight and bias."""
+        return self.out_features * (self.in_features + self.has_bias)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
     """What a method may ask of a model before it is loaded: sizes only.
 
-    ``layers`` are the model's own indices of its MoE layers, ascending. ``num_attention_biases`` are the values of one
-    layer's biases in its attention projections.
+    ``layers`` are the model's own indices of its MoE layers, ascending; ``num_layers`` counts dense ones as well.
+    ``attention`` lists the projections of one decoder layer (all layers have the same). ``norm_topk_prob`` says whether the
+    weights of a token's chosen experts are divided by their sum.
     """
 
     family: str
@@ -142,10 +159,17 @@ class ModelFacts:
     hidden_size: int
     expert_size: int
     norm_topk_prob: bool
-    attention_size: int
-    num_key_value_features: int
+    attention: tuple[Projection, ...]
     num_layers: int
-    num_attention_biases: int = 0
+    num_shared_experts: int = 0
+    has_expert_bias: bool = False
+    has_router_bias: bool = False
+
+    @property
+    def expert_elements(self) -> int:
+        """Values of one expert: gate, up and down projection, with biases where the family has them."""
+        biases = 2 * self.expert_size + self.hidden_size if self.has_expert_bias else 0
+        return 3 * self.hidden_size * self.expert_size + biases
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

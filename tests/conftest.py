@@ -15,6 +15,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -66,6 +72,19 @@ def _tiny_config(family: str, **overrides: Any) -> Any:
         "pad_token_id": 0,
         "tie_word_embeddings": False,
     }
+    latent: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "intermediate_size": 40,
+        "moe_intermediate_size": 24,
+        "routed_scaling_factor": 1.5,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+    }
     special: dict[str, dict[str, Any]] = {
         "qwen2_moe": {
             "num_experts": 4,
@@ -82,8 +101,34 @@ def _tiny_config(family: str, **overrides: Any) -> Any:
         },
         "olmoe": {"num_experts": 4, "intermediate_size": 24},
         "mixtral": {"num_local_experts": 4, "intermediate_size": 24},
+        # A dense layer first, then two with experts; queries through a latent in V3 only.
+        "deepseek_v2": latent | {"q_lora_rank": None, "topk_method": "greedy", "n_shared_experts": 2},
+        "deepseek_v3": latent | {"q_lora_rank": 12, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+        "gpt_oss": {
+            "num_local_experts": 4,
+            "intermediate_size": 24,
+            "head_dim": 8,
+            "sliding_window": 4,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4,
+            },
+        },
     }
-    classes = {"qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig, "olmoe": OlmoeConfig, "mixtral": MixtralConfig}
+    classes: dict[str, Any] = {
+        "qwen2_moe": Qwen2MoeConfig,
+        "qwen3_moe": Qwen3MoeConfig,
+        "olmoe": OlmoeConfig,
+        "mixtral": MixtralConfig,
+        "deepseek_v2": DeepseekV2Config,
+        "deepseek_v3": DeepseekV3Config,
+        "gpt_oss": GptOssConfig,
+    }
     return classes[family](**(common | special[family] | overrides))
 
 
@@ -99,6 +144,9 @@ def _tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMo
         "qwen3_moe": Qwen3MoeForCausalLM,
         "olmoe": OlmoeForCausalLM,
         "mixtral": MixtralForCausalLM,
+        "deepseek_v2": DeepseekV2ForCausalLM,
+        "deepseek_v3": DeepseekV3ForCausalLM,
+        "gpt_oss": GptOssForCausalLM,
     }
     model = classes[family](_tiny_config(family, **overrides))
     # HF starts routers near zero, so that all experts are alike; here they must differ.
@@ -107,6 +155,9 @@ def _tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMo
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     made: PreTrainedModel = model.eval().requires_grad_(False)
     return made
 

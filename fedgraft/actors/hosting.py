@@ -2,6 +2,10 @@
 
 A pool builds one hosted object a replica and maps named calls over items. Each call gives a small result, which comes to the
 caller, and a large one, which stays where it was made until it is fetched by its handle.
+
+A replica may be several processes, its ranks. Each hosts an object of its own and all run the same calls in the same order;
+rank 0 leads, and its results are the replica's. They find each other through the environment variables ``RANK``,
+``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``, and they live and die together.
 """
 
 from __future__ import annotations
@@ -19,21 +23,27 @@ class LostResult(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolOptions:
-    """How replicas are made: their number, threads and GPUs each, and the waits in seconds with their settings' names."""
+    """How replicas are made: their number, ranks, threads of a rank, GPUs of a replica, and the waits in seconds.
+
+    ``rank_grace_s``: how long the other ranks of a call may take after the first one has ended it.
+    """
 
     replicas: int
+    ranks: int = 1
     threads: int = 1
     gpus_per_replica: float = 0.0
     max_failures: int = 3
     task_timeout_s: float = 3600.0
     start_timeout_s: float = 300.0
+    rank_grace_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
     """One call of a map: the item's place, and its small result and handle, or the error after the last try.
 
-    ``num_tries`` counts how often the call was started; ``replica`` says who finished it.
+    ``num_tries`` counts how often the call was started; ``replica`` says who finished it. ``followers`` are the small results
+    of the other ranks.
     """
 
     index: int
@@ -42,6 +52,7 @@ class Finished:
     error: str | None = None
     num_tries: int = 1
     replica: int = 0
+    followers: tuple[Any, ...] = ()
 
 
 class Pool(Protocol):
@@ -50,7 +61,10 @@ class Pool(Protocol):
     size: int
 
     def host(self, factory: Callable[[], Any]) -> None:
-        """Build the hosted object on every replica, in place of what was there; the same factory restores a dead one."""
+        """Build the hosted object on every replica, in place of what was there; the same factory restores a dead one.
+
+        An object that has a method ``close`` is closed before another one takes its place.
+        """
 
     def call(self, name: str) -> list[Any]:
         """Run ``hosted.name()`` on every replica and give the results in replica order."""

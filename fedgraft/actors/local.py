@@ -24,6 +24,7 @@ class LocalPool:
 
     def host(self, factory: Callable[[], Any]) -> None:
         """Build the hosted object in this process."""
+        self.close()
         self._hosted = factory()
 
     def call(self, name: str) -> list[Any]:
@@ -46,4 +47,6 @@ class LocalPool:
 
     def close(self) -> None:
         """Let go of the hosted object."""
-        self._hosted = None
+        hosted, self._hosted = self._hosted, None
+        if hasattr(hosted, "close"):
+            hosted.close()

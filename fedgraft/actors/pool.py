@@ -10,63 +10,35 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
-from fedgraft.errors import ClusterError, FedgraftError, GroupViolation
+from fedgraft.actors.replica import Shared, start_replicas
+from fedgraft.errors import ClusterError, FedgraftError, GroupViolation, ReplicaError
 
-__all__ = ["RayPool", "Replica"]
+__all__ = ["RayPool"]
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Shared:
-    """A value in the object store. Wrapped, so that Ray does not fetch it anew for every call."""
-
-    ref: Any
-
-
-class Replica:
-    """One replica: a process that hosts one object at a time. Made into an actor by ``RayPool``."""
-
-    def __init__(self) -> None:
-        self._hosted: Any = None
-        self._shared: tuple[Any, Any] = (None, None)
-
-    def host(self, factory: Callable[[], Any]) -> int:
-        """Build the hosted object; gives the process id."""
-        import os
-
-        self._shared = (None, None)
-        self._hosted = None
-        self._hosted = factory()
-        return os.getpid()
-
-    def call(self, name: str) -> Any:
-        """Run a method without arguments."""
-        return getattr(self._hosted, name)()
-
-    def run(self, name: str, item: Any, shared: _Shared) -> tuple[Any, Any]:
-        """Run a method on an item; the shared value is fetched once and kept until another one comes."""
-        if self._shared[0] != shared.ref:
-            self._shared = (shared.ref, ray.get(shared.ref))
-        small, large = getattr(self._hosted, name)(item, self._shared[1])
-        return small, large
-
-
 @dataclass(kw_only=True, slots=True)
 class _Flight:
-    """A call that is under way: which item, on which replica, since when, and the reference to its large result."""
+    """A call that is under way: which item, on which replica, until when, and the references of its results.
+
+    ``waiting`` are the ranks' small results that are not there yet, by reference; ``values`` those that are, by rank.
+    """
 
     index: int
     replica: int
     handle: Any
     deadline: float
+    limit: str
+    waiting: dict[Any, int]
+    values: dict[int, Any] = field(default_factory=dict)
 
 
 class RayPool:
@@ -84,34 +56,23 @@ class RayPool:
         self._options = options
         self._factory: Callable[[], Any] | None = None
         _check_resources(options)
-        self._actors = [self._start() for _ in range(options.replicas)]
-
-    def _start(self) -> Any:
-        threads = str(self._options.threads)
-        env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        actor = ray.remote(Replica).options(
-            num_cpus=self._options.threads,
-            num_gpus=self._options.gpus_per_replica,
-            max_restarts=0,  # a restarted actor would be empty; the pool restores what it hosted
-            runtime_env={"env_vars": env},
-        )
-        return actor.remote()
+        self._replicas = start_replicas(options, options.replicas)
 
     def host(self, factory: Callable[[], Any]) -> None:
         """Build the hosted object on every replica, side by side; one that died meanwhile is replaced."""
         self._factory = factory
-        refs = [actor.host.remote(factory) for actor in self._actors]
-        for position, ref in enumerate(refs):
+        started = [replica.host(factory) for replica in self._replicas]
+        for position, refs in enumerate(started):
             try:
-                self._await_host(position, ref)
+                self._await_host(position, refs)
             except ClusterError as error:
                 _log.warning("replica %d is replaced: %s", position, error.message)
                 self._restore(position)
 
-    def _await_host(self, position: int, ref: Any) -> None:
+    def _await_host(self, position: int, refs: list[Any]) -> None:
         limit = self._options.start_timeout_s
         try:
-            ray.get(ref, timeout=limit)
+            ray.get(refs, timeout=limit)
         except GetTimeoutError:
             raise ClusterError(
                 f"replica {position} did not start within {limit:.0f} s",
@@ -127,19 +88,19 @@ class RayPool:
 
     def call(self, name: str) -> list[Any]:
         """Run a method without arguments on every replica; one that died meanwhile is replaced and asked again."""
-        refs = [actor.call.remote(name) for actor in self._actors]
-        return [self._await_call(position, name, ref) for position, ref in enumerate(refs)]
+        started = [replica.call(name) for replica in self._replicas]
+        return [self._await_call(position, name, refs) for position, refs in enumerate(started)]
 
-    def _await_call(self, position: int, name: str, ref: Any) -> Any:
+    def _await_call(self, position: int, name: str, refs: list[Any]) -> Any:
         limit = self._options.task_timeout_s
         try:
-            return ray.get(ref, timeout=limit)
+            return ray.get(refs, timeout=limit)[0]
         except RayTaskError as error:
             raise _cause(error) from None
         except RayError:
             self._restore(position)
         try:
-            return ray.get(self._actors[position].call.remote(name), timeout=limit)
+            return ray.get(self._replicas[position].call(name), timeout=limit)[0]
         except RayTaskError as error:
             raise _cause(error) from None
         except RayError as error:
@@ -147,67 +108,89 @@ class RayPool:
                 f"replica {position} does not answer: {_brief(error)}", "fedgraft doctor --full examines this machine"
             ) from error
 
-    def share(self, value: Any) -> _Shared:
+    def share(self, value: Any) -> Shared:
         """Put a value into the object store."""
-        return _Shared(ray.put(value))
+        return Shared(ray.put(value))
 
-    def map(self, name: str, items: Sequence[Any], shared: _Shared) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Shared) -> Iterator[Finished]:
         """Run the items on whichever replica is free; at most one call is under way on each."""
-        waiting = deque(range(len(items)))
+        queue = deque(range(len(items)))
         tries = [0] * len(items)
         idle = deque(range(self.size))
-        flights: dict[Any, _Flight] = {}
-        while waiting or flights:
-            while waiting and idle:
-                index, replica = waiting.popleft(), idle.popleft()
+        flights: list[_Flight] = []
+        while queue or flights:
+            while queue and idle:
+                index, replica = queue.popleft(), idle.popleft()
                 tries[index] += 1
-                run = self._actors[replica].run.options(num_returns=2)
-                small, large = run.remote(name, items[index], shared)
-                deadline = time.monotonic() + self._options.task_timeout_s
-                flights[small] = _Flight(index=index, replica=replica, handle=large, deadline=deadline)
-            next_deadline = min(flight.deadline for flight in flights.values())
-            done, _ = ray.wait(list(flights), num_returns=1, timeout=max(next_deadline - time.monotonic(), 0.0))
-            # Nothing by the earliest deadline: the call that it belongs to has run out of time.
-            ref = done[0] if done else min(flights, key=lambda ref: flights[ref].deadline)
-            flight = flights.pop(ref)
-            error = None
-            try:
-                if not done:
-                    raise GetTimeoutError
-                value = ray.get(ref)
-            except GetTimeoutError:
-                error = f"no answer within federation.task_timeout_s = {self._options.task_timeout_s:.0f} s"
-                self._restore(flight.replica)
-            except RayTaskError as raised:
-                cause = _cause(raised)
-                if isinstance(cause, GroupViolation):
-                    raise cause from None  # no retry mends a broken promise
-                error = f"{type(cause).__name__}: {cause}"
-            except RayError as raised:
-                # Dead actor, dead node, memory monitor, lost object: whatever it was, a new replica runs the item again.
-                error = f"replica {flight.replica} died: {_brief(raised)}"
-                self._restore(flight.replica)
+                flights.append(self._start(name, index, replica, items[index], shared))
+            flight, error = self._next(flights)
+            if flight.waiting and error is None:
+                continue  # other ranks of the call are still at it
+            flights.remove(flight)
             idle.append(flight.replica)
             if error is None:
                 yield Finished(
                     index=flight.index,
-                    value=value,
+                    value=flight.values[0],
                     handle=flight.handle,
                     num_tries=tries[flight.index],
                     replica=flight.replica,
+                    followers=tuple(flight.values[rank] for rank in range(1, self._options.ranks)),
                 )
             elif tries[flight.index] < self._options.max_failures:
                 _log.warning("try %d of item %d failed (%s); it is run again", tries[flight.index], flight.index, error)
-                waiting.appendleft(flight.index)
+                queue.appendleft(flight.index)
             else:
                 yield Finished(index=flight.index, error=error, num_tries=tries[flight.index], replica=flight.replica)
 
+    def _start(self, name: str, index: int, replica: int, item: Any, shared: Shared) -> _Flight:
+        refs, handle = self._replicas[replica].run(name, item, shared)
+        limit = self._options.task_timeout_s
+        return _Flight(
+            index=index,
+            replica=replica,
+            handle=handle,
+            deadline=time.monotonic() + limit,
+            limit=f"federation.task_timeout_s = {limit:.0f} s",
+            waiting={ref: rank for rank, ref in enumerate(refs)},
+        )
+
+    def _next(self, flights: list[_Flight]) -> tuple[_Flight, str | None]:
+        """Wait for the next result of any call, or for the earliest deadline; give its call, and the error that ended it."""
+        first = min(flights, key=lambda flight: flight.deadline)
+        refs = {ref: flight for flight in flights for ref in flight.waiting}
+        done, _ = ray.wait(list(refs), num_returns=1, timeout=max(first.deadline - time.monotonic(), 0.0))
+        if not done:
+            self._restore(first.replica)
+            return first, f"no answer within {first.limit}"
+        flight = refs[done[0]]
+        rank = flight.waiting.pop(done[0])
+        try:
+            flight.values[rank] = ray.get(done[0])
+        except RayTaskError as raised:
+            cause = _cause(raised)
+            if isinstance(cause, GroupViolation):
+                raise cause from None  # no retry mends a broken promise
+            if self._options.ranks > 1 or isinstance(cause, ReplicaError):
+                self._restore(flight.replica)  # its ranks may wait for each other, or it says itself that it cannot go on
+            return flight, f"{type(cause).__name__}: {cause}"
+        except RayError as raised:
+            # Dead actor, dead node, memory monitor, lost object: whatever it was, a new replica runs the item again.
+            self._restore(flight.replica)
+            return flight, f"replica {flight.replica} died: {_brief(raised)}"
+        grace = self._options.rank_grace_s
+        if flight.waiting and time.monotonic() + grace < flight.deadline:
+            # Ranks work in step: one that is alone for long waits for something that will never come.
+            flight.deadline = time.monotonic() + grace
+            flight.limit = f"{grace:.0f} s after another rank of the same replica had ended"
+        return flight, None
+
     def _restore(self, position: int) -> None:
-        """Replace a dead or hung replica and give it what the others host."""
-        ray.kill(self._actors[position])
-        self._actors[position] = self._start()
+        """Replace a dead or hung replica, all its ranks, and give the new one what the others host."""
+        self._replicas[position].kill()
+        self._replicas[position] = start_replicas(self._options, 1)[0]
         if self._factory is not None:
-            self._await_host(position, self._actors[position].host.remote(self._factory))
+            self._await_host(position, self._replicas[position].host(self._factory))
 
     def fetch(self, handle: Any) -> Any:
         """Fetch a large result from the object store."""
@@ -218,9 +201,9 @@ class RayPool:
 
     def close(self) -> None:
         """End every replica's process."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        for replica in self._replicas:
+            replica.kill()
+        self._replicas = []
 
 
 def _cause(error: RayTaskError) -> BaseException:
@@ -236,10 +219,13 @@ def _brief(error: BaseException) -> str:
 def _check_resources(options: PoolOptions) -> None:
     """Refuse what no cluster of this size can give, instead of waiting for it forever."""
     total = ray.cluster_resources()
-    for kind, wanted in (("CPU", options.replicas * options.threads), ("GPU", options.replicas * options.gpus_per_replica)):
+    cpus = options.replicas * options.ranks * options.threads
+    for kind, wanted in (("CPU", cpus), ("GPU", options.replicas * options.gpus_per_replica)):
         has = float(total.get(kind, 0.0))
         if wanted > has:
+            ranks = f" of {options.ranks} ranks each" if options.ranks > 1 else ""
             raise ClusterError(
-                f"{options.replicas} replicas want {wanted:g} {kind}s; the cluster has {has:g}",
-                "lower executor.replicas, executor.threads or executor.gpus_per_replica, or join a larger cluster",
+                f"{options.replicas} replicas{ranks} want {wanted:g} {kind}s; the cluster has {has:g}",
+                "lower executor.replicas, executor.threads, engine.world_size or executor.gpus_per_replica, or join a larger "
+                "cluster",
             )

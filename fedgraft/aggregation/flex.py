@@ -25,10 +25,11 @@ from fedgraft.errors import MethodError
 from fedgraft.moe.families import MoELayer, moe_layers
 from fedgraft.moe.graft import grafts_of
 from fedgraft.moe.scoring import Criterion, ExpertScores, neuron_contributions, observe_experts
+from fedgraft.moe.sharding import gathered
 from fedgraft.moe.trace import visit_blocks
 from fedgraft.protocols import AdapterConfig, Method, MethodConfig, Session
 from fedgraft.registry import METHODS
-from fedgraft.types import PRIVATE, SHARED, Batch, GraftSpec, Group, ModelFacts, ParamRef, Slots
+from fedgraft.types import PRIVATE, SHARED, Batch, GraftSpec, Group, ModelFacts, ParamRef, Params, Slots
 
 __all__ = ["Flex", "FlexConfig", "num_grafted_layers"]
 
@@ -145,9 +146,9 @@ class Flex(Method):
                 bias = session.private[f"{prefix}gate_bias"]
                 session.private[f"{prefix}gate_bias"] = torch.full_like(bias, float("-inf"))
                 continue
-            gate_up, down = self._copy(session, layer, chosen[layer.index], contributions.get(layer.index))
-            session.private[f"{prefix}gate_up_proj"] = gate_up
-            session.private[f"{prefix}down_proj"] = down
+            with gathered(layer.experts.parameters()):
+                copied = self._copy(session, layer, chosen[layer.index], contributions.get(layer.index))
+            session.private.update({f"{prefix}{name}": value for name, value in copied.items()})
         session.diagnostics["graft_choice"] = {
             "layers": [layer.index for layer in layers],
             "experts": [list(chosen[layer.index]) if layer.index in kept else [] for layer in layers],
@@ -204,10 +205,10 @@ class Flex(Method):
         relative = {index: losses[index][-1] / max(scores.layers[index].zero_loss, 1e-300) for index in losses}
         return set(sorted(relative, key=lambda index: (relative[index], index))[:count])
 
-    def _copy(
-        self, session: Session, layer: MoELayer, experts: tuple[int, ...], contributions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of the grafts of one layer: ``gate_up_proj`` (G, 2F, D) and ``down_proj`` (G, D, F)."""
+    def _copy(self, session: Session, layer: MoELayer, experts: tuple[int, ...], contributions: torch.Tensor | None) -> Params:
+        """Weights of the grafts of one layer: ``gate_up_proj`` (G, 2F, D), ``down_proj`` (G, D, F), and biases where experts
+        have them.
+        """
         prefix = f"{layer.block_path}.graft."
         like_up, like_down = session.private[f"{prefix}gate_up_proj"], session.private[f"{prefix}down_proj"]
         if self.config.graft_init == "random":
@@ -215,7 +216,7 @@ class Flex(Method):
             ups, downs = layer.expert_weights(0)
             up = torch.randn(like_up.shape, generator=generator) * float(ups.float().std())
             down = torch.randn(like_down.shape, generator=generator) * float(downs.float().std())
-            return up.to(like_up.dtype), down.to(like_down.dtype)
+            return {"gate_up_proj": up.to(like_up.dtype), "down_proj": down.to(like_down.dtype)}  # biases stay at zero
         size = like_down.shape[-1]
         copies = []
         for position, expert in enumerate(experts):
@@ -226,9 +227,10 @@ class Flex(Method):
             else:
                 picks = _largest_neurons(contributions, position * size, size)
             copies.append(_take_neurons(layer, picks))
-        up = torch.stack([copy[0] for copy in copies]).to(like_up.dtype).cpu()
-        down = torch.stack([copy[1] for copy in copies]).to(like_down.dtype).cpu()
-        return up, down
+        return {
+            name: torch.stack([copy[name] for copy in copies]).to(session.private[f"{prefix}{name}"].dtype).cpu()
+            for name in copies[0]
+        }
 
 
 def num_grafted_layers(fraction: float, num_layers: int) -> int:
@@ -244,8 +246,12 @@ def _largest_neurons(contributions_EF: torch.Tensor, start: int, count: int) -> 
     return [(expert, neurons) for expert, neurons in grouped if len(neurons)]
 
 
-def _take_neurons(layer: MoELayer, picks: list[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy single neurons of experts into one expert's layout: all gate rows, then all up rows; (2F, D) and (D, F)."""
+def _take_neurons(layer: MoELayer, picks: list[tuple[int, torch.Tensor]]) -> Params:
+    """Copy single neurons of experts into one expert's layout: all gate rows, then all up rows; (2F, D) and (D, F).
+
+    Where experts have biases, each neuron brings its own, and the output's bias is the mean of the experts' by neurons taken:
+    of one expert, its own.
+    """
     gates, ups, downs = [], [], []
     for expert, neurons in picks:
         gate_up, down = layer.expert_weights(expert)
@@ -253,7 +259,23 @@ def _take_neurons(layer: MoELayer, picks: list[tuple[int, torch.Tensor]]) -> tup
         gates.append(gate[neurons])
         ups.append(up[neurons])
         downs.append(down.detach()[:, neurons])
-    return torch.cat([*gates, *ups]), torch.cat(downs, dim=1)
+    copied = {"gate_up_proj": torch.cat([*gates, *ups]), "down_proj": torch.cat(downs, dim=1)}
+    if layer.family.has_expert_bias:
+        copied |= _take_biases(layer, picks)
+    return copied
+
+
+def _take_biases(layer: MoELayer, picks: list[tuple[int, torch.Tensor]]) -> Params:
+    gates, ups, outputs = [], [], []
+    total = sum(len(neurons) for _, neurons in picks)
+    for expert, neurons in picks:
+        biases = layer.expert_biases(expert)
+        assert biases is not None
+        gate, up = biases[0].detach().chunk(2)
+        gates.append(gate[neurons])
+        ups.append(up[neurons])
+        outputs.append(biases[1].detach() * (len(neurons) / total))
+    return {"gate_up_proj_bias": torch.cat([*gates, *ups]), "down_proj_bias": torch.stack(outputs).sum(dim=0)}
 
 
 def _rank_correlation(scores: ExpertScores, index: int) -> float | None:

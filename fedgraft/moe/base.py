@@ -32,6 +32,7 @@ __all__ = ["cache_base", "facts_of", "fingerprint_folder", "num_parameters", "op
 
 _WEIGHTS = "model.safetensors"
 _DONE = "base.json"
+_DEQUANTISED = ("fp8", "mxfp4")  # how DeepSeek-V3 and GPT-OSS are published
 
 
 def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool = False) -> Path:
@@ -47,7 +48,8 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
         The base's folder: weights, config, tokenizer.
 
     Raises:
-        ModelError: The checkpoint is missing, truncated, of an unknown family, or has no experts.
+        ModelError: The checkpoint is missing, truncated, of an unknown family, has no experts, or is quantised in a way that
+            cannot be undone.
     """
     source = Path(model)
     try:
@@ -59,6 +61,7 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
         ) from error
     family_of(config)
     model_facts(config)
+    _dequantise(config, model)
     identity = fingerprint_folder(source) if source.is_dir() else f"hub:{model}@{getattr(config, '_commit_hash', None)}"
     versions = f"{transformers.__version__}|{torch.__version__}|{safetensors.__version__}"
     digest = hashlib.sha256(f"{identity}|{dtype}|{versions}|2".encode()).hexdigest()[:16]
@@ -69,6 +72,7 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
         with _without_noise():
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 model,
+                config=config,
                 dtype=getattr(torch, dtype),
                 trust_remote_code=trusts_remote_code,
                 output_loading_info=True,
@@ -123,13 +127,28 @@ def open_base(folder: Path, device: str = "cpu") -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing = model.load_state_dict(weights, strict=False, assign=True).missing_keys
     model.tie_weights()  # type: ignore[operator]
-    lost = [name for name in missing if model.get_parameter(name).is_meta]
+    tied = model.state_dict()
+    lost = [name for name in missing if tied[name].is_meta]
     if lost:
         raise ModelError(f"base {folder} lacks {', '.join(lost[:3])}", "delete this folder; it is written again")
     _rebuild_meta_buffers(model, config, device)
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _dequantise(config: Any, model: str) -> None:
+    """Ask transformers to undo a checkpoint's quantisation: slots and scores need weights that can be read and trained."""
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return
+    method = quantisation.get("quant_method")
+    if method not in _DEQUANTISED:
+        raise ModelError(
+            f"model {model!r} is quantised with {method!r} (quantization_config in its config.json)",
+            f"name a checkpoint that is not quantised, or in one of {', '.join(_DEQUANTISED)}",
+        )
+    quantisation["dequantize"] = True
 
 
 def facts_of(model: str, *, trusts_remote_code: bool = False) -> ModelFacts:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedgraft.moe.families import MoELayer, model_facts, moe_layers
+from fedgraft.errors import ModelError
+from fedgraft.moe.families import MoELayer, family_of, model_facts, moe_layers
 from fedgraft.types import GraftSpec
 
 __all__ = ["Graft", "attach_grafts", "grafts_of", "without_grafts"]
@@ -30,7 +31,7 @@ GRAFT = "graft"
 
 class Graft(nn.Module):
     """The grafts of one MoE layer: ``gate_up_proj`` (G, 2F, D), ``down_proj`` (G, D, F), ``gate_weight`` (G, D),
-    ``gate_bias`` (G).
+    ``gate_bias`` (G); in a family whose experts have biases ``gate_up_proj_bias`` (G, 2F) and ``down_proj_bias`` (G, D) as well.
 
     The module sees its MoE layer but does not own it, so the layer's names in the model stay as they were.
     """
@@ -42,6 +43,10 @@ class Graft(nn.Module):
         size, neurons = spec.num_grafts, spec.num_neurons
         self.gate_up_proj = nn.Parameter(torch.zeros(size, 2 * neurons, hidden_size, **options))
         self.down_proj = nn.Parameter(torch.zeros(size, hidden_size, neurons, **options))
+        self.has_bias = layer.family.has_expert_bias
+        if self.has_bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.zeros(size, 2 * neurons, **options))
+            self.down_proj_bias = nn.Parameter(torch.zeros(size, hidden_size, **options))
         self.gate_weight = nn.Parameter(torch.zeros(size, hidden_size, **options))
         bias = float("-inf") if spec.is_gate_closed else spec.gate_bias
         self.gate_bias = nn.Parameter(torch.full((size,), bias, **options))
@@ -65,13 +70,16 @@ class Graft(nn.Module):
         x_TD = x_TD.to(self.down_proj.dtype)
         total = torch.zeros_like(x_TD)
         for j in range(self.gate_up_proj.shape[0]):
-            gate, up = F.linear(x_TD, self.gate_up_proj[j]).chunk(2, dim=-1)
-            hidden = self._layer[0].activation(gate) * up
-            total = total + weight_TG[:, j : j + 1] * F.linear(hidden, self.down_proj[j])
+            up_bias, down_bias = (self.gate_up_proj_bias[j], self.down_proj_bias[j]) if self.has_bias else (None, None)
+            gate, up = F.linear(x_TD, self.gate_up_proj[j], up_bias).chunk(2, dim=-1)
+            hidden = self._layer[0].neurons(gate, up)
+            total = total + weight_TG[:, j : j + 1] * F.linear(hidden, self.down_proj[j], down_bias)
         return total
 
     def forward(self, x_TD: torch.Tensor, output_TD: torch.Tensor) -> torch.Tensor:
         """Turn the block's output M(x) into y, both (T, D); computed in the graft's dtype, given back in the block's."""
+        if self.is_closed:
+            return output_TD  # asked here, not before the call: sharded parameters are whole only inside of it
         dtype = output_TD.dtype
         gate_TG = self.gate(x_TD)
         if self.mode == "row":
@@ -93,6 +101,8 @@ class Graft(nn.Module):
             share_TG = share_TG / (kept + taken)
         else:
             routed = routed * (1 - taken)
+        if (scale := self._layer[0].scale) != 1:
+            share_TG = share_TG * scale  # a row's weight is scaled as those of the others
         total = routed + self.expert_sum(x_TD, share_TG)
         return total if shared is None else total + shared
 
@@ -106,7 +116,17 @@ def attach_grafts(model: nn.Module, spec: GraftSpec) -> None:
     """Give every MoE layer named in ``spec`` a ``Graft`` beside its block, added to the block's output by a forward hook.
 
     No existing parameter changes its name or its value.
+
+    Raises:
+        ModelError: Mode ``row`` in a family whose experts do not share one softmax.
     """
+    family = family_of(model.config)
+    if spec.mode == "row" and family.rule == "sigmoid":
+        raise ModelError(
+            f"mode 'row' cannot be had in {family.model_type}: its router scores every expert by a sigmoid of its own, so a "
+            "graft's row would take nothing from the experts",
+            "set mode to additive or convex",
+        )
     facts = model_facts(model.config)
     for layer in moe_layers(model):
         if layer.index in spec.layers:
@@ -115,14 +135,18 @@ def attach_grafts(model: nn.Module, spec: GraftSpec) -> None:
             layer.block.register_forward_hook(_apply_graft)
 
 
-def _apply_graft(block: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+def _apply_graft(
+    block: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor | tuple[torch.Tensor, ...]
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     graft = block.get_submodule(GRAFT)
     assert isinstance(graft, Graft)
-    if not graft.is_enabled or graft.is_closed:
+    if not graft.is_enabled:
         return output
+    # GPT-OSS's block gives its router's weights beside its output.
+    own, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
     x_TD = args[0].reshape(-1, args[0].shape[-1])
-    mixed: torch.Tensor = graft(x_TD, output.reshape(-1, output.shape[-1]))
-    return mixed.reshape(output.shape)
+    mixed: torch.Tensor = graft(x_TD, own.reshape(-1, own.shape[-1])).reshape(own.shape)
+    return mixed if rest is None else (mixed, *rest)
 
 
 def grafts_of(model: nn.Module) -> dict[int, Graft]:

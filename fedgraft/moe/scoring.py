@@ -6,7 +6,9 @@ renormalised router weights times E_e(x), plus the always-on shared expert, and
 
     loss_l(S) = sum over batches || Z_l - M_l^S(X_l) ||_F            accumulated in float64.
 
-For |S| = 1 the renormalised weight is exactly 1. The other criteria are derived from the same pass.
+For |S| = 1 the renormalised weight is exactly 1. A family that scales its routed experts by a constant (DeepSeek) scales E_e
+here as well; DeepSeek-V3's weights are sigmoids and its choice has a bias, as in its own router, but no groups. The other
+criteria are derived from the same pass.
 
 Shape letters: T tokens, D model, F expert hidden, E experts, K top-k, L MoE layers.
 """
@@ -20,7 +22,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fedgraft.moe.families import MoELayer, moe_layers
+from fedgraft.moe.families import MoELayer, moe_layers, unwrap
+from fedgraft.moe.routing import choose_among
 from fedgraft.moe.trace import visit_blocks
 from fedgraft.types import Batch
 
@@ -98,14 +101,14 @@ class ExpertScores:
 
 
 def pruned_output(layer: MoELayer, x_TD: torch.Tensor, kept: tuple[int, ...], top_k: int) -> torch.Tensor:
-    """The routed part of a block that has only the experts ``kept``: softmax over them, top-k, renormalised; (T, D)."""
+    """The routed part of a block that has only the experts ``kept``: scores of them, top-k, renormalised; (T, D)."""
     logits = layer.router_logits(x_TD)[:, list(kept)].float()
-    weights, chosen = torch.topk(torch.softmax(logits, dim=-1), min(top_k, len(kept)), dim=-1)
+    weights, chosen = choose_among(unwrap(layer.router), layer.family.rule, logits, kept, min(top_k, len(kept)))
     weights = (weights / weights.sum(dim=-1, keepdim=True)).to(x_TD.dtype)
     dense = torch.zeros(x_TD.shape[0], len(kept), dtype=x_TD.dtype, device=x_TD.device).scatter_(1, chosen, weights)
     total = torch.zeros_like(x_TD)
     for position, expert in enumerate(kept):
-        total += dense[:, position : position + 1] * layer.expert_output(expert, x_TD)
+        total += dense[:, position : position + 1] * _scaled_output(layer, expert, x_TD)
     return total
 
 
@@ -124,7 +127,7 @@ def observe_experts(
         The scores. Memory is that of one batch, not of the set.
     """
     layers = moe_layers(model)
-    scores = ExpertScores(layers={layer.index: LayerScores.empty(_num_experts(layer)) for layer in layers})
+    scores = ExpertScores(layers={layer.index: LayerScores.empty(layer.num_experts) for layer in layers})
 
     def visit(layer: MoELayer, x_TD: torch.Tensor, z_TD: torch.Tensor) -> None:
         _accumulate(scores.layers[layer.index], layer, x_TD, z_TD, (kept or {}).get(layer.index, ()))
@@ -146,7 +149,7 @@ def neuron_contributions(model: nn.Module, batches: Iterable[Batch]) -> dict[int
         size = torch.stack(
             [
                 layer.expert_hidden(e, x_TD).abs().double().sum(dim=0) * layer.expert_weights(e)[1].double().norm(dim=0)
-                for e in range(_num_experts(layer))
+                for e in range(layer.num_experts)
             ]
         ).cpu()
         sums[layer.index] = sums[layer.index] + size if layer.index in sums else size
@@ -160,9 +163,9 @@ def _accumulate(scores: LayerScores, layer: MoELayer, x_TD: torch.Tensor, z_TD: 
     """Add one batch. Norms are taken in float64: the loss is a difference of large numbers."""
     shared = layer.shared_output(x_TD)
     routed = (z_TD if shared is None else z_TD - shared).double()
-    top_k = _top_k(layer)
-    probability = torch.softmax(layer.router_logits(x_TD).float(), dim=-1).double()
-    chosen = torch.topk(probability, top_k, dim=-1).indices
+    top_k = layer.top_k
+    probability = layer.probabilities(x_TD).double()
+    chosen = layer.choose(layer.router_logits(x_TD))[1]
     scores.tokens += torch.bincount(chosen.reshape(-1), minlength=probability.shape[1]).cpu().double()
     scores.probability += probability.sum(dim=0).cpu()
     scores.zero_loss += float(routed.norm())
@@ -170,7 +173,7 @@ def _accumulate(scores: LayerScores, layer: MoELayer, x_TD: torch.Tensor, z_TD: 
     scores.num_tokens += x_TD.shape[0]
     base_loss = float((routed - pruned_output(layer, x_TD, kept, top_k).double()).norm()) if kept else 0.0
     for expert in range(probability.shape[1]):
-        output = layer.expert_output(expert, x_TD).double()
+        output = _scaled_output(layer, expert, x_TD).double()
         error = float((routed - output).square().sum())
         inner = (routed * output).sum(dim=-1)
         norm = output.square().sum(dim=-1)
@@ -189,14 +192,6 @@ def _accumulate(scores: LayerScores, layer: MoELayer, x_TD: torch.Tensor, z_TD: 
             scores.loss[expert] += float((routed - both).norm())
 
 
-def _num_experts(layer: MoELayer) -> int:
-    return int(layer.experts.gate_up_proj.shape[0])  # type: ignore[index]
-
-
-def _top_k(layer: MoELayer) -> int:
-    for name in ("top_k", "num_experts_per_tok"):
-        for module in (layer.router, layer.block):
-            value = getattr(module, name, None)
-            if isinstance(value, int):
-                return value
-    raise AssertionError(f"layer {layer.index} has no top-k")
+def _scaled_output(layer: MoELayer, expert: int, x_TD: torch.Tensor) -> torch.Tensor:
+    output = layer.expert_output(expert, x_TD)
+    return output if layer.scale == 1 else output * layer.scale

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fedgraft.errors import ModelError
-from fedgraft.moe.families import MoELayer, family_of, model_facts, moe_layers
+from fedgraft.moe.families import Family, MoELayer, family_of, model_facts, moe_layers
 from fedgraft.moe.graft import GRAFT, attach_grafts
 from fedgraft.seeding import derive_seed
 from fedgraft.types import AdapterSpec, ModelFacts, ParamRef, Params, Slots
@@ -102,18 +102,17 @@ def count_slot_elements(facts: ModelFacts, slots: Slots) -> dict[str, int]:
     Returns:
         Values in ``attention``, ``router``, ``experts`` (adapters and full parts together), ``graft`` and ``graft_gate``.
     """
-    hidden, expert, num_moe = facts.hidden_size, facts.expert_size, len(facts.layers)
+    hidden, num_moe = facts.hidden_size, len(facts.layers)
     count = dict.fromkeys((*_PARTS, "graft", "graft_gate"), 0)
     sides = {
-        "attention": facts.num_layers * (2 * (hidden + facts.attention_size) + 2 * (hidden + facts.num_key_value_features)),
+        "attention": facts.num_layers * sum(each.in_features + each.out_features for each in facts.attention),
         "router": num_moe * (hidden + facts.num_experts),
-        "experts": num_moe * facts.num_experts * ((hidden + 2 * expert) + (expert + hidden)),
+        "experts": num_moe * facts.num_experts * ((hidden + 2 * facts.expert_size) + (facts.expert_size + hidden)),
     }
     weights = {
-        "attention": facts.num_layers
-        * (2 * hidden * (facts.attention_size + facts.num_key_value_features) + facts.num_attention_biases),
-        "router": num_moe * hidden * facts.num_experts,
-        "experts": num_moe * facts.num_experts * 3 * hidden * expert,
+        "attention": facts.num_layers * sum(each.num_elements for each in facts.attention),
+        "router": num_moe * facts.num_experts * (hidden + facts.has_router_bias),
+        "experts": num_moe * facts.num_experts * facts.expert_elements,
     }
     for adapter in slots.adapters:
         for target in adapter.targets:
@@ -122,7 +121,8 @@ def count_slot_elements(facts: ModelFacts, slots: Slots) -> dict[str, int]:
         count[part] += weights[part]
     if slots.graft is not None:
         graft = slots.graft
-        count["graft"] = len(graft.layers) * graft.num_grafts * 3 * hidden * graft.num_neurons
+        biases = 2 * graft.num_neurons + hidden if facts.has_expert_bias else 0
+        count["graft"] = len(graft.layers) * graft.num_grafts * (3 * hidden * graft.num_neurons + biases)
         count["graft_gate"] = len(graft.layers) * graft.num_grafts * (hidden + 1)
     return count
 
@@ -140,20 +140,12 @@ def _add_adapter(model: nn.Module, layers: tuple[MoELayer, ...], adapter: Adapte
     for target in adapter.targets:
         _check_part(target)
         if target == "attention":
-            known = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
-            for index in range(int(model.config.num_hidden_layers)):  # type: ignore[union-attr, arg-type]
-                paths = [f"model.layers.{index}.{name}" for name in family.attention]
-                modules += [path for path in paths if path in known]
+            modules += _attention_paths(model, family)
         elif target == "router":
             parameters += [f"{layer.block_path}.{family.router}.weight" for layer in layers]
         else:
             stem = [f"{layer.block_path}.{family.experts}" for layer in layers]
             parameters += [f"{path}.{name}" for path in stem for name in ("gate_up_proj", "down_proj")]
-    if not modules and not parameters:
-        raise ModelError(
-            f"LoRA targets {', '.join(adapter.targets)} match nothing in this {family.model_type} model",
-            f"its attention modules are expected under {', '.join(family.attention)}",
-        )
     if parameters and adapter.dropout > 0:
         raise ModelError(
             f"adapter {adapter.name!r} has dropout {adapter.dropout} on router or experts",
@@ -174,12 +166,30 @@ def _add_adapter(model: nn.Module, layers: tuple[MoELayer, ...], adapter: Adapte
         inject_adapter_in_model(config, model, adapter_name=adapter.name)
 
 
+def _attention_paths(model: nn.Module, family: Family) -> list[str]:
+    """Full names of the attention projections that this model has, without PEFT's wrappers.
+
+    Raises:
+        ModelError: Some layer has none of them.
+    """
+    known = {name.replace(".base_layer", "") for name, _ in model.named_modules()}
+    found: list[str] = []
+    for index in range(int(model.config.num_hidden_layers)):  # type: ignore[union-attr, arg-type]
+        paths = [path for name in family.attention if (path := f"model.layers.{index}.{name}") in known]
+        if not paths:
+            raise ModelError(
+                f"target attention matches nothing in layer {index} of this {family.model_type} model",
+                f"its attention modules are expected under {', '.join(family.attention)}",
+            )
+        found += paths
+    return found
+
+
 def _full_parameters(model: nn.Module, layers: tuple[MoELayer, ...], part: str) -> Iterator[nn.Parameter]:
     family = family_of(model.config)
     if part == "attention":
-        for index in range(int(model.config.num_hidden_layers)):  # type: ignore[union-attr, arg-type]
-            for name in family.attention:
-                yield from model.get_submodule(f"model.layers.{index}.{name}").parameters()
+        for path in _attention_paths(model, family):
+            yield from model.get_submodule(path).parameters()
         return
     for layer in layers:
         yield from (layer.router if part == "router" else layer.experts).parameters()

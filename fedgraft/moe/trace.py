@@ -1,12 +1,13 @@
-"""Looking into MoE blocks while a model runs: what goes in and what comes out, token by token.
+"""Looking into MoE blocks while a model runs: what goes in, what comes out, and where it goes, token by token.
 
-Shape letters: T tokens, D model.
+Shape letters: T tokens, D model, E experts, K top-k.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import nn
 
 from fedgraft.moe.families import MoELayer, moe_layers
 from fedgraft.moe.graft import without_grafts
+from fedgraft.moe.sharding import gathered
 from fedgraft.types import Batch
 
-__all__ = ["visit_blocks"]
+__all__ = ["RoutingTrace", "trace_routing", "visit_blocks"]
 
 
 def visit_blocks(
@@ -38,12 +40,63 @@ def visit_blocks(
     handles: list[Any] = []
     for layer in moe_layers(model):
 
-        def hook(block: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor, layer: MoELayer = layer) -> None:
+        def hook(block: nn.Module, args: tuple[torch.Tensor, ...], output: Any, layer: MoELayer = layer) -> None:
+            own: torch.Tensor = output[0] if isinstance(output, tuple) else output  # GPT-OSS gives its router's weights, too
             x_TD = args[0].reshape(-1, args[0].shape[-1])[mask[0]]
-            visit(layer, x_TD, output.reshape(-1, output.shape[-1])[mask[0]])
+            with gathered(block.parameters()):
+                visit(layer, x_TD, own.reshape(-1, own.shape[-1])[mask[0]])
 
         # Prepended, so that it sees the block's own output, before a graft's hook.
         handles.append(layer.block.register_forward_hook(hook, prepend=True))
+    _run(model, batches, mask, handles, with_grafts=with_grafts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingTrace:
+    """Where one layer sent each token: ``chosen`` (T, K) experts and their ``weights`` (T, K), on the CPU."""
+
+    chosen: torch.Tensor
+    weights: torch.Tensor
+    num_experts: int
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """Tokens sent to each expert, (E,) int64; they sum to T * K."""
+        return torch.bincount(self.chosen.reshape(-1), minlength=self.num_experts)
+
+
+def trace_routing(model: nn.Module, batches: Iterable[Batch], *, with_grafts: bool = True) -> dict[int, RoutingTrace]:
+    """Run the model over batches and note which experts every layer chose for every token, padding left out.
+
+    Args:
+        model: An HF causal LM in eval mode, with whatever masks and adapters act on it.
+        batches: What it runs over; tokens are listed row by row, in this order.
+        with_grafts: Whether grafts act meanwhile on what later layers see.
+
+    Returns:
+        One trace a MoE layer, by layer index. Memory grows with tokens times top-k.
+    """
+    mask: list[torch.Tensor] = []
+    layers = moe_layers(model)
+    found: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {layer.index: [] for layer in layers}
+    handles: list[Any] = []
+    for layer in layers:
+
+        def note(chosen_TK: torch.Tensor, weights_TK: torch.Tensor, index: int = layer.index) -> None:
+            found[index].append((chosen_TK[mask[0]].cpu(), weights_TK[mask[0]].cpu()))
+
+        handles.append(layer.watch_routing(note))
+    _run(model, batches, mask, handles, with_grafts=with_grafts)
+    traces: dict[int, RoutingTrace] = {}
+    for layer in layers:
+        chosen = [chosen for chosen, _ in found[layer.index]] or [torch.empty(0, layer.top_k, dtype=torch.int64)]
+        weights = [weights for _, weights in found[layer.index]] or [torch.empty(0, layer.top_k)]
+        traces[layer.index] = RoutingTrace(chosen=torch.cat(chosen), weights=torch.cat(weights), num_experts=layer.num_experts)
+    return traces
+
+
+def _run(model: nn.Module, batches: Iterable[Batch], mask: list[torch.Tensor], handles: list[Any], *, with_grafts: bool) -> None:
+    """Run the decoder over batches for its hooks; ``mask`` holds the current batch's attention mask (T,) meanwhile."""
     device = next(model.parameters()).device
     try:
         with torch.inference_mode(), nullcontext() if with_grafts else without_grafts(model):

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 import fedgraft.aggregation  # noqa: F401  (its files register the methods that the validators look up)
@@ -17,6 +18,7 @@ from fedgraft.errors import MethodError
 from fedgraft.platform.tracking import TrackingConfig
 from fedgraft.protocols import MethodConfig
 from fedgraft.registry import METHODS
+from fedgraft.training.config import EngineConfig, deepspeed_settings
 
 __all__ = [
     "CompareConfig",
@@ -89,20 +91,13 @@ class EvaluationConfig(_Frozen):
     global_view: bool = Field(True, description="Judge the global model beside the personal ones, where they differ.")
 
 
-class EngineConfig(_Frozen):
-    """What trains: ``auto`` is plain PyTorch, on a GPU where there is one."""
-
-    name: Literal["auto", "torch"] = Field("auto", description="Training engine.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas put their model.")
-
-
 class ExecutorConfig(_Frozen):
     """Who does the clients' work: replicas as Ray actors, or this process."""
 
     kind: Literal["ray", "in_process"] = Field("ray", description="ray: a driver actor and replica actors.")
     replicas: int | None = Field(None, ge=1, le=10_000, description="Replicas; null: as many as cores, clients and memory allow.")
-    threads: int = Field(1, ge=1, le=256, description="Threads of a replica; sums depend on it, so results do.")
-    gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica; a fraction shares one.")
+    threads: int = Field(1, ge=1, le=256, description="Threads of each rank of a replica; sums depend on it, so results do.")
+    gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica, shared by its ranks; a fraction shares one.")
     address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, else one of its own.")
     start_timeout_s: float = Field(300.0, gt=0, description="Longest wait for Ray and its actors to start.")
 
@@ -227,6 +222,36 @@ class RunConfig(_Frozen):
         return self
 
     @model_validator(mode="after")
+    def _engine_fits_the_rest(self) -> Self:
+        engine = self.resolved_engine()
+        if self.executor.kind == "in_process" and engine.world_size > 1:
+            raise ValueError(
+                f"engine.world_size is {engine.world_size}, and executor.kind: in_process is one process; set kind: ray"
+            )
+        if engine.device == "cpu" and self.executor.gpus_per_replica:
+            raise ValueError("executor.gpus_per_replica has no effect with engine.device: cpu; remove one of the two")
+        gpus = self.executor.gpus_per_replica
+        if gpus and engine.world_size > 1 and gpus != engine.world_size:
+            raise ValueError(
+                f"executor.gpus_per_replica is {gpus:g} and engine.world_size is {engine.world_size}: each rank needs its own GPU"
+            )
+        if engine.name == "deepspeed":
+            deepspeed_settings(
+                engine,
+                batch_size=self.federation.batch_size,
+                dtype=self.model.dtype,
+                max_grad_norm=self.training.max_grad_norm,
+            )
+        for label, method in self.methods().items():
+            is_cut = engine.world_size > 1 or engine.gradient_accumulation_steps > 1 or engine.on_out_of_memory == "halve"
+            if is_cut and METHODS.get(method.name).uses_batch_statistics:
+                raise ValueError(
+                    f"{label} uses statistics of whole batches: set engine.world_size and engine.gradient_accumulation_steps "
+                    "to 1 and engine.on_out_of_memory to fail"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _optimizer_has_moments(self) -> Self:
         for label, method in self.methods().items():
             if self.training.optimizer == "sgd" and getattr(method, "persist_optimizer", False):
@@ -240,6 +265,7 @@ class RunConfig(_Frozen):
             found = {name: getattr(part, name).resolve() for name in names if getattr(part, name) is not None}
             return part.model_copy(update=found)
 
+        engine = fix(self.engine, "deepspeed") if isinstance(self.engine.deepspeed, Path) else self.engine
         data = fix(self.data, "path").model_copy(
             update={"retention": fix(self.data.retention, "path"), "questions": fix(self.data.questions, "path")}
         )
@@ -247,10 +273,17 @@ class RunConfig(_Frozen):
             update={
                 "model": fix(self.model, "path"),
                 "data": data,
+                "engine": engine,
                 "output": fix(self.output, "folder", "cache"),
                 "method_files": tuple(path.resolve() for path in self.method_files),
             }
         )
+
+    def resolved_engine(self) -> EngineConfig:
+        """The engine with ``auto`` decided: a replica has a GPU if it is given one, or if one is named as its device."""
+        in_process_gpu = self.executor.kind == "in_process" and self.engine.device == "auto" and torch.cuda.is_available()
+        has_gpu = self.executor.gpus_per_replica > 0 or self.engine.device == "cuda" or in_process_gpu
+        return self.engine.resolved(has_gpu=has_gpu and self.engine.device != "cpu")
 
     def methods(self) -> dict[str, MethodConfig]:
         """The methods of this run by label; a single one is labelled by its name."""

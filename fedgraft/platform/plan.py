@@ -259,7 +259,7 @@ def num_replicas(config: RunConfig, num_clients: int | None, machine: MachineFac
         return 1
     if executor.replicas is not None:
         return executor.replicas
-    limits = [machine.cores // executor.threads, machine.memory_bytes // max(1, bytes_each)]
+    limits = [machine.cores // (executor.threads * config.engine.world_size), machine.memory_bytes // max(1, bytes_each)]
     limits += [size for size in (config.federation.cohort_size, num_clients) if size is not None]
     if executor.gpus_per_replica > 0:
         limits.append(int(machine.gpus / executor.gpus_per_replica))

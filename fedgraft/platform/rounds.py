@@ -222,6 +222,10 @@ class RoundLoop:
         """Refuse what does not fit the task: a wrong client or round, names or shapes that were not asked for."""
         outcome = finished.value
         error = finished.error
+        if error is None and any(
+            isinstance(each, ClientFailure) != isinstance(outcome, ClientFailure) for each in finished.followers
+        ):
+            error = "the ranks of the replica do not agree on how the task ended"
         if error is None and isinstance(outcome, ClientFailure):
             return outcome
         if error is None:

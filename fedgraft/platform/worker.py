@@ -20,7 +20,7 @@ import fedgraft.aggregation  # noqa: F401  (registers the methods)
 from fedgraft.data.batches import eval_batches, train_batches
 from fedgraft.data.prepared import PreparedData, TokenizedSplit
 from fedgraft.data.tokenise import load_tokenizer, pad_token_id
-from fedgraft.errors import GroupViolation, ModelError, UpdateError
+from fedgraft.errors import GroupViolation, ModelError, ReplicaError, UpdateError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.platform.ledger import describe, refuse_private
@@ -28,8 +28,11 @@ from fedgraft.platform.state_store import ClientStateStore
 from fedgraft.protocols import Engine, Method, TrainResult, TrainSpec
 from fedgraft.registry import METHODS, load_entry_points, load_method_file
 from fedgraft.seeding import derive_seed
+from fedgraft.training.config import EngineConfig, deepspeed_settings
 from fedgraft.training.decode import decode_greedy, rouge_l
+from fedgraft.training.deepspeed_engine import DeepSpeedEngine, SlotPolicy
 from fedgraft.training.evaluate import ChoiceTokens, score_batches, score_choices
+from fedgraft.training.ranks import open_ranks
 from fedgraft.training.torch_engine import TorchEngine
 from fedgraft.types import (
     FROZEN,
@@ -52,6 +55,7 @@ __all__ = ["ClientWorker", "WorkerSpec"]
 
 _log = logging.getLogger(__name__)
 _CALIBRATION_BATCH = 16
+_TORCH = EngineConfig(name="torch", device="cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +64,8 @@ class WorkerSpec:
 
     ``base_folder`` and ``data_folder`` are read through memory maps; ``state_folder`` holds the clients' private state.
     ``method`` are the method's options as JSON values, so that a user's own class need not travel between processes. ``train``
-    carries the optimiser's numbers, its learning rate replaced by each round's.
+    carries the optimiser's numbers, its learning rate replaced by each round's. ``engine`` is resolved; ``dtype`` is the base's;
+    ``timeout_s`` bounds one collective call between the ranks of a replica.
     """
 
     base_folder: Path
@@ -71,7 +76,9 @@ class WorkerSpec:
     run_seed: int
     batch_size: int
     train: TrainSpec
-    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    dtype: str = "float32"
+    engine: EngineConfig = _TORCH
+    timeout_s: float = 3600.0
     threads: int = 1
     evaluation_batch_size: int = 32
     max_new_tokens: int = 32
@@ -154,9 +161,9 @@ class ClientWorker:
         self.data = PreparedData.open(spec.data_folder)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(spec.base_folder)
         self.pad_token_id = pad_token_id(self.tokenizer)
-        self.device = _device(spec.device)
-        model = open_base(spec.base_folder, self.device)
-        self.engine = TorchEngine(model, self.method.slots(model_facts(model.config)), spec.run_seed)
+        self.device = _device(spec.engine.device)
+        self.engine = self._build_engine()
+        model = self.engine.model
         self._refs: dict[str, ParamRef] = {ref.key: ref for ref in self.engine.refs}
         self.groups = {ref.key: self.method.group(ref) for ref in self.engine.refs}
         self.trained = tuple(key for key, group in self.groups.items() if group != FROZEN)
@@ -170,6 +177,31 @@ class ClientWorker:
             if name not in {ref.name for ref in self.engine.refs}
         }
         self._store = ClientStateStore(spec.state_folder)
+
+    def _build_engine(self) -> Engine:
+        spec, method = self.spec, self.method
+        model = open_base(spec.base_folder, self.device)
+        slots = method.slots(model_facts(model.config))
+        if spec.engine.name == "torch":
+            return TorchEngine(model, slots, spec.run_seed)
+
+        def policy(ref: ParamRef) -> SlotPolicy:
+            group = method.group(ref)
+            return SlotPolicy(
+                is_trained=group != FROZEN,
+                lr_scale=method.lr_scale(ref),
+                persists_moments=group == PRIVATE and method.persists_moments(ref),
+            )
+
+        settings = deepspeed_settings(
+            spec.engine, batch_size=spec.batch_size, dtype=spec.dtype, max_grad_norm=spec.train.max_grad_norm
+        )
+        ranks = open_ranks(self.device, spec.timeout_s)
+        return DeepSpeedEngine(model, slots, spec.run_seed, settings=settings, spec=spec.train, ranks=ranks, policy=policy)
+
+    def close(self) -> None:
+        """Let go of the engine; the process may host another worker afterwards."""
+        self.engine.close()
 
     def initial_params(self) -> Params:
         """Start values of the slots that may be sent; the same on every replica."""
@@ -197,8 +229,8 @@ class ClientWorker:
             result = self.method.local(session, lambda: self._train(session, task, spec, sent))
             stage = "reply"
             update, tensors = self._reply(session, task, result, start)
-        except GroupViolation:
-            raise  # a broken promise of the method, not a client's bad luck: the run ends
+        except (GroupViolation, ReplicaError):
+            raise  # a broken promise of the method ends the run, a broken replica is replaced: neither is a client's bad luck
         except Exception as error:
             # Whatever a hook raises is this client's failure, a value; who wants the traceback asks for debug logs.
             _log.debug("client %d failed at %s in round %d", task.client_id, stage, task.round_idx, exc_info=True)
@@ -244,7 +276,8 @@ class ClientWorker:
         self.engine.load(session.received)
         self.engine.load({key: session.private[key] for key in self.private if key in session.private})
         rate = task.plan.learning_rate if isinstance(task, ClientTask) else self.spec.train.learning_rate
-        return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale)
+        num_parts = self.spec.engine.gradient_accumulation_steps
+        return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale, num_parts=num_parts)
 
     def _train(self, session: _Session, task: ClientTask, spec: TrainSpec, sent: Sequence[str]) -> TrainResult:
         moments = {key.removeprefix("optimizer/"): v for key, v in session.private.items() if key.startswith("optimizer/")}
@@ -284,7 +317,8 @@ class ClientWorker:
         _require_finite(delta | extras, session.private)
         if session.private:
             version = task.round_idx
-            self._store.write(task.client_id, version, session.private)
+            if self.engine.is_leader:
+                self._store.write(task.client_id, version, session.private)
         payload = (
             *describe(delta, self.groups),
             *describe(extras, {}, kind="extras"),

@@ -7,48 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fedgraft.errors import UpdateError
-from fedgraft.moe.families import model_facts, moe_layers
+from fedgraft.moe.families import model_facts
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
 from fedgraft.protocols import Terms, TrainResult, TrainSpec
-from fedgraft.types import IGNORE_INDEX, Batch, ParamRef, Params, Slots
+from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, to_device
+from fedgraft.types import Batch, ParamRef, Params, Slots
 
-__all__ = ["StepOutput", "TorchEngine", "response_loss"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepOutput:
-    """What a step computed, for a method's extra terms.
-
-    ``hidden`` (B, S, D) is the last layer's output; ``logits`` (N, V) and ``labels`` (N) are those of the positions that
-    the loss counts, in batch order.
-    """
-
-    hidden: torch.Tensor
-    logits: torch.Tensor
-    labels: torch.Tensor
-
-
-def response_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, StepOutput]:
-    """Mean cross-entropy over the response tokens of a batch, nats.
-
-    The language-model head is applied only where a label counts: prompts and padding are most of a batch.
-    """
-    hidden_BSD = model.model(  # type: ignore[operator]
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    labels = batch.labels[:, 1:]
-    counted = labels != IGNORE_INDEX
-    logits_NV = model.lm_head(hidden_BSD[:, :-1][counted])  # type: ignore[operator]
-    labels_N = labels[counted]
-    return F.cross_entropy(logits_NV.float(), labels_N), StepOutput(hidden=hidden_BSD, logits=logits_NV, labels=labels_N)
+__all__ = ["TorchEngine"]
 
 
 class TorchEngine:
@@ -68,6 +39,7 @@ class TorchEngine:
         self._by_key = {ref.key: ref for ref in self.refs}
         self._parameters = dict(model.named_parameters())
         self.device = next(iter(self._parameters.values())).device
+        self.is_leader = True
 
     def load(self, params: Params) -> None:
         """Copy tensors into the slots of these keys."""
@@ -114,22 +86,11 @@ class TorchEngine:
         num_examples = num_label_tokens = 0
         self.model.train()
         try:
-            with torch.random.fork_rng(devices=[]), _RoutingCounter(self.model) as counter:
+            with torch.random.fork_rng(devices=[]), RoutingCounter(self.model) as counter:
                 torch.manual_seed(seed)  # dropout inside HF and PEFT modules draws from torch's global generator
                 for step, cpu_batch in enumerate(batches):
-                    batch = _to_device(cpu_batch, self.device)
-                    counter.attend(batch)
                     optimizer.zero_grad(set_to_none=True)
-                    loss, output = response_loss(self.model, batch)
-                    total = loss
-                    for term in (terms(batch, output) if terms is not None else {}).values():
-                        total = total + term
-                    if not torch.isfinite(total):
-                        raise UpdateError(
-                            f"the loss of local step {step + 1} is {float(total.detach())}", "lower the learning rate"
-                        )
-                    if total.requires_grad:
-                        total.backward()  # type: ignore[no-untyped-call]
+                    loss = self._backward(cpu_batch, spec.num_parts, counter, terms, step)
                     if after_backward is not None:
                         after_backward(step)
                     self._clear_gradients(untouched)
@@ -137,9 +98,9 @@ class TorchEngine:
                         torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
                     optimizer.step()
                     self.load(untouched)  # weight decay moves them even without a gradient
-                    losses.append(float(loss.detach()))
-                    num_examples += batch.num_examples
-                    num_label_tokens += int(output.labels.numel())
+                    losses.append(loss)
+                    num_examples += cpu_batch.num_examples
+                    num_label_tokens += cpu_batch.num_label_tokens
         finally:
             # Also after a failed step: the next client on this model must find it as it was.
             self.model.eval()
@@ -153,6 +114,27 @@ class TorchEngine:
             optimizer_state=kept,
         )
 
+    def read_gradients(self, keys: Iterable[str]) -> Params:
+        """Copy the gradients of these slots out, on the CPU; zeros where there is none."""
+        found: Params = {}
+        for key in keys:
+            ref = self._by_key[key]
+            gradient = self._parameters[ref.name].grad
+            found[key] = torch.zeros(ref.shape) if gradient is None else ref.view(gradient).detach().to("cpu", copy=True)
+        return found
+
+    def write_gradients(self, gradients: Params) -> None:
+        """Replace the gradients of these slots."""
+        for key, value in gradients.items():
+            ref = self._by_key[key]
+            parameter = self._parameters[ref.name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            ref.view(parameter.grad).copy_(value)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
     def frozen_hash(self) -> str:
         """SHA-256 over name, shape and bytes of every tensor of the model that is no slot."""
         digest = hashlib.sha256()
@@ -161,6 +143,24 @@ class TorchEngine:
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def _backward(self, cpu_batch: Batch, num_parts: int, counter: RoutingCounter, terms: Terms | None, step: int) -> float:
+        """Run forward and backward over the parts of a batch, adding up their gradients; give the batch's mean loss."""
+        parts = [cpu_batch] if num_parts == 1 else [part_of_batch(cpu_batch, index, num_parts) for index in range(num_parts)]
+        count = None if num_parts == 1 else max(1, cpu_batch.num_label_tokens)
+        mean = 0.0
+        for cpu_part in parts:
+            if cpu_part is None:
+                continue
+            part = to_device(cpu_part, self.device)
+            counter.attend(part)
+            loss, total = part_loss(self.model, part, count, terms)
+            if not torch.isfinite(total):
+                raise UpdateError(f"the loss of local step {step + 1} is {float(total.detach())}", "lower the learning rate")
+            if total.requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
+            mean += float(loss.detach())
+        return mean
 
     def _untouched_slices(self, trained: set[str], keys: set[str]) -> Params:
         """Copies of the slices that share a parameter with a trained one: an optimiser steps whole parameters."""
@@ -203,47 +203,3 @@ class TorchEngine:
             state = optimizer.state.get(self._parameters[self._by_key[key].name], {})
             found.update({f"{key}|{moment}": value.detach().cpu().clone() for moment, value in state.items()})
         return found
-
-
-class _RoutingCounter:
-    """Counts the tokens that each router sends to each expert, padding left out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        facts = model_facts(model.config)
-        self._layers = moe_layers(model)
-        self._counts = torch.zeros(len(self._layers), facts.num_experts, dtype=torch.int64)
-        self._mask: torch.Tensor | None = None
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _RoutingCounter:
-        for position, layer in enumerate(self._layers):
-
-            def hook(module: nn.Module, args: Any, output: tuple[torch.Tensor, ...], position: int = position) -> None:
-                chosen = output[-1].detach()[self._mask]
-                counts = torch.bincount(chosen.reshape(-1), minlength=self._counts.shape[1])
-                self._counts[position] += counts.cpu()
-
-            self._handles.append(layer.router.register_forward_hook(hook))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def attend(self, batch: Batch) -> None:
-        """Say which tokens of the coming forward pass count."""
-        self._mask = batch.attention_mask.reshape(-1).bool()
-
-    def counts(self) -> torch.Tensor:
-        """Tokens by layer and expert, (L, E) int64."""
-        return self._counts
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if batch.input_ids.device == device:
-        return batch
-    return Batch(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        labels=batch.labels.to(device),
-    )

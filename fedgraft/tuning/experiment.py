@@ -156,6 +156,7 @@ class _Execution:
         pool = self._context.open_pool(
             PoolOptions(
                 replicas=self._num_replicas(first.num_clients),
+                ranks=config.engine.world_size,
                 threads=config.executor.threads,
                 gpus_per_replica=config.executor.gpus_per_replica,
                 max_failures=config.federation.max_failures,
@@ -354,7 +355,9 @@ class _Execution:
                 weight_decay=training.weight_decay,
                 max_grad_norm=training.max_grad_norm,
             ),
-            device=config.engine.device,
+            dtype=config.model.dtype,
+            engine=config.resolved_engine(),
+            timeout_s=config.federation.task_timeout_s,
             threads=config.executor.threads,
             evaluation_batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.max_new_tokens,

@@ -89,7 +89,7 @@ def test_a_killed_replica_changes_no_bit(make_config: Callable[..., Any], refere
 
     def on_event(event: Event) -> None:
         if event.kind == "round" and event.label == "flex" and not kills:
-            victims = [p for p in psutil.process_iter(["cmdline"]) if "ray::Replica" in " ".join(p.info["cmdline"] or [])]
+            victims = [p for p in psutil.process_iter(["cmdline"]) if "ray::Rank" in " ".join(p.info["cmdline"] or [])]
             kills.append(victims[0].pid)
             os.kill(victims[0].pid, signal.SIGKILL)
 

@@ -20,7 +20,7 @@ from fedgraft.types import Batch
 Saver = Callable[[PreTrainedModel, Path], Path]
 
 
-@pytest.fixture(params=["qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "tied"])
+@pytest.fixture(params=["qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "tied"])
 def source(request: pytest.FixtureRequest, tiny_model: Callable[..., PreTrainedModel], save_model: Saver, tmp_path: Path) -> Path:
     if request.param == "tied":
         return save_model(tiny_model("qwen2_moe", tie_word_embeddings=True), tmp_path / "hf")
@@ -183,3 +183,80 @@ def test_a_cached_base_that_lacks_a_weight_or_is_torn_is_a_model_error(qwen: Pat
     path.write_bytes(content[:-100])
     with pytest.raises(ModelError, match="delete this folder"):
         open_base(folder)
+
+
+def test_a_cached_base_that_lacks_a_routers_buffer_is_a_model_error(
+    tiny_model: Callable[..., PreTrainedModel], save_model: Saver, tmp_path: Path
+) -> None:
+    source = save_model(tiny_model("deepseek_v3"), tmp_path / "hf")
+    folder = cache_base(str(source), "bfloat16", tmp_path / "cache")
+    path = folder / "model.safetensors"
+    weights = {name: value.clone() for name, value in load_file(path).items()}
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert weights[name].dtype == torch.float32  # narrow scores would choose other experts
+    assert open_base(folder).state_dict()[name].dtype == torch.float32
+    del weights[name]
+    path.unlink()
+    save_file(weights, path)
+    with pytest.raises(ModelError, match=r"lacks model\.layers\.1\.mlp\.gate\.e_score_correction_bias"):
+        open_base(folder)
+
+
+def quantise(source: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(fields | {"quantization_config": config}))
+
+
+def test_mxfp4_is_undone(tiny_model: Callable[..., PreTrainedModel], save_model: Saver, tmp_path: Path) -> None:
+    """GPT-OSS as published: 4-bit floats (sign, 2 bits exponent, 1 bit fraction), low nibble first, a power of 2 each 32."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    source = save_model(tiny_model("gpt_oss", intermediate_size=32), tmp_path / "hf")
+    weights = load_file(source / "model.safetensors")
+    plain = num_parameters(str(source))
+    generator = torch.Generator().manual_seed(0)
+    expected = {}
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = weights.pop(name).shape
+        nibbles = torch.randint(0, 16, (experts, outer, inner), generator=generator)
+        powers = torch.randint(120, 130, (experts, outer, inner // 32), generator=generator)
+        expected[name] = (values[nibbles] * torch.exp2(powers - 127.0).repeat_interleave(32, dim=-1)).transpose(1, 2)
+        packed = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).to(torch.uint8)
+        weights[f"{name}_blocks"] = packed.reshape(experts, outer, inner // 32, 16)
+        weights[f"{name}_scales"] = powers.to(torch.uint8)
+    quantise(source, weights, {"quant_method": "mxfp4"})
+    opened = open_base(cache_base(str(source), "float32", tmp_path / "cache"))
+    assert len(expected) == 4
+    for name, value in expected.items():
+        assert torch.equal(opened.get_parameter(name), value), name
+    assert num_parameters(str(source)) == plain
+
+
+def test_fp8_is_undone(tiny_model: Callable[..., PreTrainedModel], save_model: Saver, tmp_path: Path) -> None:
+    """DeepSeek-V3 as published: 8-bit floats with one scale a block of 128 x 128, here one block each."""
+    model = tiny_model("deepseek_v3")
+    source = save_model(model, tmp_path / "hf")
+    weights = load_file(source / "model.safetensors")
+    expected = {}
+    for name in [name for name in weights if "_proj" in name]:
+        scale = weights[name].abs().max() / 448
+        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        expected[name] = weights[name].float() * scale
+    quantise(source, weights, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]})
+    opened = open_base(cache_base(str(source), "float32", tmp_path / "cache"))
+    attention = "model.layers.0.self_attn.kv_b_proj.weight"
+    assert torch.equal(opened.get_parameter(attention), expected[attention])
+    stem = "model.layers.1.mlp.experts"
+    gate_up = opened.get_parameter(f"{stem}.gate_up_proj")
+    for expert in range(4):
+        both = torch.cat([expected[f"{stem}.{expert}.{side}_proj.weight"] for side in ("gate", "up")])
+        assert torch.equal(gate_up[expert], both)
+
+
+def test_another_quantisation_is_refused_by_name(qwen: Path, tmp_path: Path) -> None:
+    quantise(qwen, load_file(qwen / "model.safetensors"), {"quant_method": "awq", "bits": 4})
+    with pytest.raises(ModelError, match="is quantised with 'awq'") as caught:
+        cache_base(str(qwen), "float32", tmp_path / "cache")
+    assert "fp8, mxfp4" in caught.value.hint

@@ -111,13 +111,13 @@ def test_references_cover_exactly_what_is_trainable(
         assert (ref.expert is not None) == (ref.part == "experts")
 
 
-def every_slots() -> list[Slots]:
+def every_slots(layers: tuple[int, ...]) -> list[Slots]:
     found = [Slots(adapters=(lora(*subset, rank=3),)) for subset in SUBSETS]
     found += [Slots(full=subset) for subset in SUBSETS]
     found += [
         Slots(adapters=(lora("attention", "experts", rank=1), lora("attention", name="personal", rank=4))),
         Slots(adapters=(lora("attention"),), full=("router", "experts")),
-        Slots(graft=GraftSpec(num_grafts=1, layers=(0, 1), num_neurons=24)),
+        Slots(graft=GraftSpec(num_grafts=1, layers=layers, num_neurons=24)),
         Slots(adapters=(lora("attention"),), graft=GraftSpec(num_grafts=3, layers=(1,), num_neurons=7), full=("router",)),
         Slots(),
     ]
@@ -126,7 +126,7 @@ def every_slots() -> list[Slots]:
 
 def test_sizes_are_known_before_a_model_is_loaded(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
     facts = model_facts(tiny_model(family).config)
-    for slots in every_slots():
+    for slots in every_slots(facts.layers):
         expected = dict.fromkeys((*PARTS, "graft", "graft_gate"), 0)
         for ref in add_slots(tiny_model(family), slots):
             expected[ref.part] += math.prod(ref.shape)
@@ -141,6 +141,9 @@ def test_sizes_are_known_before_a_model_is_loaded(family: str, tiny_model: Calla
         ("qwen2_moe", {"qkv_bias": False}),
         ("qwen3_moe", {"attention_bias": True}),
         ("olmoe", {"attention_bias": True}),
+        ("deepseek_v2", {"first_k_dense_replace": 2, "q_lora_rank": 10}),
+        ("deepseek_v3", {"attention_bias": True, "q_lora_rank": None}),
+        ("gpt_oss", {"attention_bias": False}),
     ],
 )
 def test_sizes_count_moe_layers_and_biases_only_where_they_are(
@@ -152,18 +155,20 @@ def test_sizes_count_moe_layers_and_biases_only_where_they_are(
         assert sum(count_slot_elements(facts, slots).values()) == sum(ref.num_elements for ref in refs)
 
 
-def test_an_experts_lora_changes_only_tokens_routed_to_it(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_an_experts_lora_changes_only_tokens_routed_to_it(
+    family: str, tiny_model: Callable[..., PreTrainedModel], run_block: Callable[..., torch.Tensor]
+) -> None:
     model = tiny_model(family)
     refs = start(model, Slots(adapters=(lora("experts"),)))
     parameters = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(4)
     values = {ref.key: torch.randn(ref.shape, generator=generator) * 0.2 for ref in refs}
     load(model, refs, values)
-    x = torch.randn(1, 40, 32, generator=generator)
+    x = torch.randn(40, 32, generator=generator)
     for layer in moe_layers(model):
         with torch.no_grad():
-            before = layer.block(x)[0]
-            chosen = torch.topk(x[0] @ layer.router.weight.T, 2, dim=-1).indices
+            before = run_block(layer.block, x)
+            chosen = layer.router(x)[-1]
         for expert in range(4):
             routed = (chosen == expert).any(dim=-1)
             assert 0 < int(routed.sum()) < 40
@@ -173,7 +178,7 @@ def test_an_experts_lora_changes_only_tokens_routed_to_it(family: str, tiny_mode
                 view = ref.view(parameters[ref.name].data)
                 view += 0.5
                 with torch.no_grad():
-                    changed = (layer.block(x)[0] - before).abs().amax(dim=-1)
+                    changed = (run_block(layer.block, x) - before).abs().amax(dim=-1)
                 assert bool((changed[routed] > 0).all()), ref.key
                 assert bool((changed[~routed] == 0).all()), f"{ref.key} reaches tokens of other experts"
                 view.copy_(values[ref.key])
@@ -186,11 +191,44 @@ def test_a_full_experts_slice_is_that_expert(family: str, tiny_model: Callable[.
     for layer in moe_layers(model):
         for expert in range(4):
             parts = {ref.name.rsplit(".", 1)[1]: ref for ref in refs if (ref.layer, ref.expert) == (layer.index, expert)}
-            gate_up, down = layer.expert_weights(expert)
-            for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
+            stored = {name: value[expert] for name, value in layer.experts.named_parameters()}
+            assert set(parts) == set(stored)
+            assert len(stored) == (4 if family == "gpt_oss" else 2)
+            for name, weight in stored.items():
                 view = parts[name].view(by_name[parts[name].name])
                 assert torch.equal(view[0], weight)
                 assert view.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("targets", [("experts",), ("router",)], ids="+".join)
+def test_lora_over_parameters_is_the_sum_of_weight_and_product(
+    family: str, targets: tuple[str, ...], tiny_model: Callable[..., PreTrainedModel], random_batch: Callable[..., Batch]
+) -> None:
+    batch = random_batch()
+    model: Any = tiny_model(family)
+    plain: Any = tiny_model(family)
+    refs = start(model, Slots(adapters=(lora(*targets, rank=3),)))
+    generator = torch.Generator().manual_seed(9)
+    values = {ref.key: torch.randn(ref.shape, generator=generator) * 0.2 for ref in refs}
+    load(model, refs, values)
+    pairs: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
+    for ref in refs:
+        stem, side = ref.name.split(".lora_")
+        pairs.setdefault((stem, ref.expert), {})[side[0]] = values[ref.key]
+    assert len(pairs) == 2 * (4 * 2 if targets == ("experts",) else 1)
+    with torch.no_grad():
+        for (stem, expert), pair in pairs.items():
+            update = 2.0 * pair["B"] @ pair["A"]  # (out, in); alpha / rank is 2
+            if expert is None:
+                plain.get_parameter(f"{stem}.weight").add_(update)
+                continue
+            # PEFT nests: the wrapper inside is that of the target listed first.
+            path, name = (
+                (stem.removesuffix(".base_layer"), "gate_up_proj") if stem.endswith(".base_layer") else (stem, "down_proj")
+            )
+            weight = plain.get_parameter(f"{path}.{name}")[expert]
+            weight.add_(update.T if family == "gpt_oss" else update)
+    torch.testing.assert_close(logits_of(model, batch), logits_of(plain, batch), atol=1e-4, rtol=1e-4)
 
 
 def test_two_adapters_side_by_side_both_act(
@@ -276,5 +314,11 @@ def test_targets_that_match_nothing_are_refused(tiny_model: Callable[..., PreTra
     model: Any = tiny_model("qwen2_moe")
     for layer in model.model.layers:
         layer.self_attn = torch.nn.Identity()
-    with pytest.raises(ModelError, match="match nothing"):
-        add_slots(model, Slots(adapters=(lora("attention"),)))
+    for slots in (
+        Slots(adapters=(lora("attention"),)),
+        Slots(adapters=(lora("router", "attention"),)),
+        Slots(full=("attention",)),
+    ):
+        with pytest.raises(ModelError, match="target attention matches nothing in layer 0 of this qwen2_moe model") as caught:
+            add_slots(model, slots)
+        assert "self_attn.q_proj" in caught.value.hint

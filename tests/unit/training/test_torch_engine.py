@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from fedgraft.errors import UpdateError
 from fedgraft.protocols import TrainSpec
-from fedgraft.training.torch_engine import StepOutput, TorchEngine, response_loss
+from fedgraft.training.step import StepOutput, response_loss
+from fedgraft.training.torch_engine import TorchEngine
 from fedgraft.types import IGNORE_INDEX, AdapterSpec, Batch, GraftSpec, Params, Slots
 
 ATTENTION = Slots(adapters=(AdapterSpec(name="shared", rank=2, alpha=4.0),))

@@ -1,0 +1,228 @@
+"""How a replica trains: the engine, its ranks, ZeRO stage and offload, and DeepSpeed's own settings, checked before a run.
+
+DeepSpeed's settings come as its JSON file or as the same keys in YAML. What fedgraft decides itself (optimiser, batch, precision)
+may be stated there if it agrees, and is refused if it does not: a setting that is silently replaced misleads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["EngineConfig", "deepspeed_settings"]
+
+_REFUSED = {
+    "optimizer": "fedgraft makes the optimiser from training.optimizer, training.learning_rate and training.weight_decay",
+    "scheduler": "the learning rate of a round comes from the method's plan",
+    "fp16": "only float32 and bfloat16 are supported; set model.dtype",
+    "amp": "only float32 and bfloat16 are supported; set model.dtype",
+    "torch_autocast": "the numbers' format is that of model.dtype",
+    "zero_allow_untested_optimizer": "fedgraft sets it",
+    "zero_force_ds_cpu_optimizer": "fedgraft sets it",
+    "managed_gradient_accumulation": "fedgraft accumulates itself",
+    "expert_parallel": "use engine.expert_parallel_size",
+    "checkpoint": "fedgraft writes its own checkpoints",
+    "steps_per_print": "fedgraft reports progress itself",
+    "data_types": "the numbers' format is that of model.dtype",
+    "compression_training": "compression changes the weights that clients exchange",
+    "elasticity": "a replica's ranks are fixed by engine.world_size",
+    "autotuning": "a run's settings must not depend on a clock",
+    "curriculum_learning": "the order of examples comes from the run's seed",
+    "data_efficiency": "the order of examples comes from the run's seed",
+}
+_CHECKED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16")
+_PASSED = (
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "activation_checkpointing",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "dump_state",
+    "aio",
+)
+_FROM_STAGE = {"offload_optimizer": 1, "offload_param": 3}
+
+
+class EngineConfig(BaseModel):
+    """What trains. ``auto`` is DeepSpeed where a replica has a GPU or several ranks, or where a setting of it is stated;
+    else plain PyTorch, since on one CPU DeepSpeed brings nothing but start-up time.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["auto", "torch", "deepspeed"] = Field("auto", description="Training engine.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas put their model.")
+    world_size: int = Field(1, ge=1, le=1024, description="Ranks of a replica: processes that share its optimiser and model.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, le=65_536, description="Parts that each rank cuts its share of a batch into."
+    )
+    on_out_of_memory: Literal["fail", "halve"] = Field(
+        "fail", description="halve: after an out-of-memory error a client trains again with twice as many parts; recorded."
+    )
+    stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="ZeRO stage; null: 1 with one rank, 2 with several. 3 also shards the frozen base."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimiser state in CPU memory (ZeRO stage 1 to 3).")
+    offload_param: bool = Field(False, description="Keep parameters in CPU memory until they are used (ZeRO stage 3).")
+    expert_parallel_size: int | None = Field(
+        None, ge=2, description="Ranks that share the experts of a layer (DeepSpeed AutoEP)."
+    )
+    deepspeed: dict[str, Any] | Path | None = Field(None, description="DeepSpeed's own keys, or a JSON file of them.")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        stated = self._stated_for_deepspeed()
+        if self.name == "torch" and (stated or self.world_size > 1):
+            raise ValueError(
+                f"{', '.join(stated or ('world_size',))} has no effect with name: torch; set name: deepspeed, or remove it"
+            )
+        if self.on_out_of_memory == "halve" and self.world_size > 1:
+            raise ValueError(
+                "on_out_of_memory: halve needs world_size: 1, because a rank that runs out of memory alone leaves the others "
+                "waiting; raise gradient_accumulation_steps instead"
+            )
+        if self.expert_parallel_size is not None and self.world_size % self.expert_parallel_size:
+            raise ValueError(f"expert_parallel_size {self.expert_parallel_size} does not divide world_size {self.world_size}")
+        if self.name != "torch":
+            self._check_deepspeed()
+        return self
+
+    def _stated_for_deepspeed(self) -> tuple[str, ...]:
+        """Settings that only DeepSpeed has and that were given a value."""
+        names = ("stage", "offload_optimizer", "offload_param", "expert_parallel_size", "deepspeed")
+        return tuple(name for name in names if getattr(self, name) not in (None, False))
+
+    def _check_deepspeed(self) -> None:
+        given = read_deepspeed(self.deepspeed)
+        for key, value in given.items():
+            if key in _REFUSED:
+                raise ValueError(f"deepspeed.{key} cannot be set: {_REFUSED[key]}")
+            if key not in _CHECKED and key not in _PASSED:
+                near = difflib.get_close_matches(key, (*_CHECKED, *_PASSED), n=1)
+                known = f"did you mean {near[0]}?" if near else f"known keys: {', '.join((*_CHECKED, *_PASSED))}"
+                raise ValueError(f"deepspeed.{key} = {value!r} is not a known key; {known}")
+        zero = given.get("zero_optimization", {})
+        if not isinstance(zero, Mapping):
+            raise ValueError(f"deepspeed.zero_optimization: expected a mapping, got {zero!r}")
+        if self.stage is not None and zero.get("stage", self.stage) != self.stage:
+            raise ValueError(f"stage is {self.stage} and deepspeed.zero_optimization.stage is {zero['stage']}; give one of them")
+        stage = self.zero_stage
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
+        for name, lowest in _FROM_STAGE.items():
+            if (getattr(self, name) or _is_offloaded(zero.get(name))) and stage < lowest:
+                raise ValueError(f"{name} needs ZeRO stage {lowest} or higher, this is stage {stage}; raise stage or remove it")
+        for key in zero:
+            if key.startswith("stage3_") and stage < 3:
+                raise ValueError(f"deepspeed.zero_optimization.{key} has no effect in stage {stage}; set stage: 3, or remove it")
+        steps = given.get("gradient_accumulation_steps", self.gradient_accumulation_steps)
+        if steps != self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps} and "
+                f"deepspeed.gradient_accumulation_steps is {steps!r}; make them equal"
+            )
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage: as stated here or in DeepSpeed's keys, else 1 with one rank and 2 with several."""
+        if self.stage is not None:
+            return self.stage
+        zero = read_deepspeed(self.deepspeed).get("zero_optimization", {})
+        return zero.get("stage", 1 if self.world_size == 1 else 2)  # type: ignore[no-any-return]
+
+    def resolved(self, *, has_gpu: bool) -> EngineConfig:
+        """Decide what ``auto`` means, once, so that it is recorded and the same on every replica.
+
+        Args:
+            has_gpu: Whether a replica gets a GPU.
+        """
+        if self.name != "auto":
+            return self
+        is_deepspeed = has_gpu or self.world_size > 1 or bool(self._stated_for_deepspeed())
+        return self.model_copy(update={"name": "deepspeed" if is_deepspeed else "torch"})
+
+
+def _is_offloaded(section: Any) -> bool:
+    return isinstance(section, Mapping) and section.get("device", "none") != "none"
+
+
+def read_deepspeed(given: Mapping[str, Any] | Path | None) -> dict[str, Any]:
+    """Give DeepSpeed's keys as a mapping, read from its JSON file where one is named.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no JSON object; pydantic turns it into one error with the key path.
+    """
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return dict(given)
+    try:
+        found = json.loads(given.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"deepspeed: the file {given} cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"deepspeed: expected a JSON object in {given}, got {type(found).__name__}")
+    return found
+
+
+def deepspeed_settings(config: EngineConfig, *, batch_size: int, dtype: str, max_grad_norm: float | None) -> dict[str, Any]:
+    """Give the dictionary that ``deepspeed.initialize`` takes, with fedgraft's own decisions in it.
+
+    Args:
+        config: A resolved engine configuration.
+        batch_size: Examples of a local step, over all ranks.
+        dtype: ``float32`` or ``bfloat16``.
+        max_grad_norm: Clips the norm of the whole gradient; ``None``: no clipping.
+
+    Raises:
+        ValueError: A stated key disagrees with the rest of the configuration.
+    """
+    given = read_deepspeed(config.deepspeed)
+    is_bf16 = dtype == "bfloat16"
+    parts = config.gradient_accumulation_steps
+    micro = -(-batch_size // (config.world_size * parts))
+    decided: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (batch_size, "federation.batch_size"),
+        "train_micro_batch_size_per_gpu": (
+            micro,
+            "federation.batch_size / (engine.world_size x engine.gradient_accumulation_steps)",
+        ),
+        "gradient_clipping": (max_grad_norm or 0.0, "training.max_grad_norm"),
+    }
+    for key, (value, source) in decided.items():
+        if key in given and given[key] != value:
+            raise ValueError(f"deepspeed.{key} is {given[key]!r}, {source} gives {value!r}; remove it or make them equal")
+    stated_bf16 = given.get("bf16", {}).get("enabled", is_bf16) if isinstance(given.get("bf16", {}), Mapping) else None
+    if stated_bf16 != is_bf16:
+        raise ValueError(f"deepspeed.bf16 is {given['bf16']!r}, model.dtype is {dtype}; remove it or make them agree")
+    if is_bf16 and config.zero_stage == 0:
+        raise ValueError(
+            "stage 0 steps bfloat16 weights without float32 masters, which loses small steps; set engine.stage: 1, or "
+            "model.dtype: float32"
+        )
+    zero = dict(given.get("zero_optimization", {})) | {"stage": config.zero_stage}
+    for name, wanted in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_param)):
+        if wanted:
+            zero[name] = {"device": "cpu", "pin_memory": False} | dict(zero.get(name) or {})
+    settings = {key: value for key, value in given.items() if key in _PASSED}
+    settings |= {
+        # A batch may be smaller than batch_size and is cut by fedgraft; DeepSpeed only has to see consistent numbers.
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "bf16": {"enabled": is_bf16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    return settings
