@@ -15,10 +15,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedgraft.moe.export import load_export
     from fedgraft.platform.catalogue import MethodInfo
     from fedgraft.platform.catalogue import list_methods as methods
     from fedgraft.platform.config import RunConfig
     from fedgraft.platform.doctor import examine
+    from fedgraft.platform.export import Export, export
     from fedgraft.platform.loading import load_config
     from fedgraft.platform.plan import make_plan
     from fedgraft.platform.progress import Event
@@ -31,13 +33,16 @@ __all__ = [
     "METHODS",
     "ComparisonResult",
     "Event",
+    "Export",
     "Method",
     "MethodConfig",
     "MethodInfo",
     "RunConfig",
     "RunResult",
     "examine",
+    "export",
     "load_config",
+    "load_export",
     "make_plan",
     "methods",
     "read_comparison",
@@ -49,13 +54,16 @@ _HOMES = {
     "METHODS": "fedgraft.registry",
     "ComparisonResult": "fedgraft.platform.results",
     "Event": "fedgraft.platform.progress",
+    "Export": "fedgraft.platform.export",
     "Method": "fedgraft.protocols",
     "MethodConfig": "fedgraft.protocols",
     "MethodInfo": "fedgraft.platform.catalogue",
     "RunConfig": "fedgraft.platform.config",
     "RunResult": "fedgraft.platform.results",
     "examine": "fedgraft.platform.doctor",
+    "export": "fedgraft.platform.export",
     "load_config": "fedgraft.platform.loading",
+    "load_export": "fedgraft.moe.export",
     "make_plan": "fedgraft.platform.plan",
     "methods": "fedgraft.platform.catalogue",
     "read_comparison": "fedgraft.platform.results",

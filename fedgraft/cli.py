@@ -146,6 +146,31 @@ def report(
         Console().print(Text(str(path)), soft_wrap=True)
 
 
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an experiment's with one run.")],
+    client: Annotated[
+        int | None, typer.Option("--client", "-c", min=0, help="Whose personal model; without it the global model.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write, new or empty; else one under RUN/exports.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Write whole weights with LoRA merged in, not adapters.")] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Where the base model is now, if no longer where the run found it.")
+    ] = None,
+) -> None:
+    """Write a model of a run's last checkpoint as a folder for PEFT, transformers or fedgraft.load_export."""
+    with _errors():
+        made = fedgraft.export(run_folder, client=client, output=output, merge=merge, base=base)
+        console = Console()
+        console.print(Text(str(made.folder)), soft_wrap=True)
+        what = (
+            f"form: {made.form}; round {made.round_idx}; logits differ by at most {made.difference:.2g} from the run's own model"
+        )
+        console.print(Text(f"{what}; README.md says how to load it"), soft_wrap=True)
+
+
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Tell the file from the overrides: the first argument is a file unless it has a ``=``."""
     if arguments and "=" not in arguments[0]:

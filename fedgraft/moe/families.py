@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fedgraft.errors import ModelError
 from fedgraft.moe.routing import RoutingRule, choose_experts, expert_probabilities, routed_scale
+from fedgraft.moe.sharding import full_shape
 from fedgraft.types import ModelFacts, Projection
 
 __all__ = ["FAMILIES", "Family", "MoELayer", "family_of", "model_facts", "moe_layers", "unwrap"]
@@ -271,7 +272,7 @@ class MoELayer:
     @property
     def num_experts(self) -> int:
         """Experts that are routed to; shared ones do not count."""
-        return int(self.router_rows.shape[0])
+        return int(full_shape(self.router_rows)[0])
 
     @property
     def top_k(self) -> int:

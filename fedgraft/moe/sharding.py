@@ -8,14 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-__all__ = ["gathered", "is_sharded"]
+__all__ = ["full_shape", "gathered", "is_sharded"]
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether DeepSpeed keeps only a part of this parameter in each rank."""
     return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of the whole parameter, wherever its values are."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextmanager
@@ -24,7 +30,8 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     All ranks of the replica must come here together.
     """
-    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+    # Inside of a module's forward pass its weights are whole already, and not ours to let go of.
+    sharded = [each for each in parameters if is_sharded(each) and each.ds_status.name != "AVAILABLE"]  # type: ignore[attr-defined]
     if not sharded:
         yield
         return

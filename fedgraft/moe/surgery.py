@@ -58,9 +58,8 @@ class Expert:
 class ExpertMask:
     """Experts that no token is sent to until ``remove`` is called; also a context manager. Made by ``mask_experts``."""
 
-    def __init__(self, routers: list[nn.Module], handles: list[Any]) -> None:
-        self._routers = routers
-        self._handles = handles
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -70,11 +69,17 @@ class ExpertMask:
 
     def remove(self) -> None:
         """Undo exactly this mask; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        for router in self._routers:
-            getattr(router, _MASKS).pop(id(self), None)
-        self._handles, self._routers = [], []
+        while self._undo:
+            self._undo.pop()()
+
+    def _add(self, layer: MoELayer, experts: frozenset[int]) -> None:
+        is_masked_E = torch.zeros(layer.num_experts, dtype=torch.bool, device=layer.router_rows.device)
+        is_masked_E[sorted(experts)] = True
+        # Prepended, so that whoever watches the routing sees what is left of it.
+        handle = layer.router.register_forward_hook(_masking_hook(layer, is_masked_E), prepend=True)
+        masks = _masks_of(layer)
+        masks.append(experts)
+        self._undo += [handle.remove, lambda: masks.remove(experts)]
 
 
 def mask_experts(model: nn.Module, masked: Mapping[int, Collection[int]]) -> ExpertMask:
@@ -102,22 +107,21 @@ def mask_experts(model: nn.Module, masked: Mapping[int, Collection[int]]) -> Exp
         layer = _layer(layers, index)
         for expert in experts:
             _check_expert(layer, expert)
-        before: dict[int, frozenset[int]] = getattr(unwrap(layer.router), _MASKS, {})
-        check_experts_left(
-            unwrap(layer.router), layer.family.rule, layer.num_experts, experts.union(*before.values()), layer.top_k
-        )
-    made = ExpertMask([], [])
+        both = experts.union(*_masks_of(layer))
+        check_experts_left(unwrap(layer.router), layer.family.rule, layer.num_experts, both, layer.top_k)
+    made = ExpertMask()
     for index, experts in wanted.items():
-        layer, router = layers[index], unwrap(layers[index].router)
-        if not hasattr(router, _MASKS):
-            setattr(router, _MASKS, {})
-        getattr(router, _MASKS)[id(made)] = experts
-        made._routers.append(router)
-        is_masked = torch.zeros(layer.num_experts, dtype=torch.bool, device=layer.router_rows.device)
-        is_masked[sorted(experts)] = True
-        # Prepended, so that whoever watches the routing sees what is left of it.
-        made._handles.append(layer.router.register_forward_hook(_masking_hook(layer, is_masked), prepend=True))
+        made._add(layers[index], experts)
     return made
+
+
+def _masks_of(layer: MoELayer) -> list[frozenset[int]]:
+    """The masks that act on a layer now: a list that the router carries."""
+    router = unwrap(layer.router)
+    if not hasattr(router, _MASKS):
+        setattr(router, _MASKS, [])
+    found: list[frozenset[int]] = getattr(router, _MASKS)
+    return found
 
 
 def _masking_hook(layer: MoELayer, is_masked_E: torch.Tensor) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -379,7 +383,7 @@ def _check_bare(layer: MoELayer) -> None:
 
 
 def _check_unmasked(layer: MoELayer) -> None:
-    if getattr(unwrap(layer.router), _MASKS, {}):
+    if _masks_of(layer):
         raise ModelError(f"layer {layer.index} has masked experts", "remove the mask first: it names experts by number")
 
 

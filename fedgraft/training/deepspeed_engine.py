@@ -109,7 +109,8 @@ class DeepSpeedEngine:
         self._frozen = frozen_names(model, self.refs)
         self._stage = int(settings["zero_optimization"]["stage"])
         self._groups = self._parameter_groups(policy)
-        self._trained = {name for group in self._groups for name in group.names}
+        # In a fixed order: every rank must make the same collective calls one after another.
+        self._trained = tuple(name for group in self._groups for name in group.names)
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(name in self._trained)
             if name not in self._trained:
@@ -370,7 +371,7 @@ class DeepSpeedEngine:
         for parameter in self._parameters.values():
             parameter.grad = None
         self._initialise()
-        self._push(sorted(self._trained))
+        self._push(self._trained)
 
     def _parameter_groups(self, policy: Callable[[ParamRef], SlotPolicy]) -> list[_Group]:
         """Slots with the same rate and the same fate of their moments go together; ZeRO keeps one step count a group."""

@@ -18,7 +18,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss
 from fedgraft.errors import ModelError
 from fedgraft.types import IGNORE_INDEX, Batch
 
-__all__ = ["PretrainResult", "PretrainSpec", "learning_rate_at", "pretrain", "weighted_token_loss"]
+__all__ = ["PretrainResult", "PretrainSpec", "learning_rate_at", "parameter_groups", "pretrain", "weighted_token_loss"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +85,15 @@ def weighted_token_loss(model: nn.Module, batch: Batch, spec: PretrainSpec) -> t
     return (losses_T * weights_T).sum() / weights_T.sum(), balance
 
 
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Give an optimiser's groups of what asks for a gradient: matrices (and fused experts) decay, vectors do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
 def pretrain(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -106,10 +115,7 @@ def pretrain(
         ModelError: The loss is not finite, or the batches end too early.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(model, spec.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, eps=1e-8, foreach=True)
     losses: list[float] = []
     num_tokens = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -175,10 +176,10 @@ def test_no_expert_of_a_chosen_groups_masked_half_is_taken_however_large_its_bia
 def test_a_mask_holds_where_scores_underflow(tiny_model: Maker) -> None:
     for family in ("olmoe", "deepseek_v2", "gpt_oss"):
         model = tiny_model(family)
-        for layer in moe_layers(model):
-            with mask_experts(model, {layer.index: (0, 1)}):
+        for layer, masked in itertools.product(moe_layers(model), itertools.combinations(range(4), 2)):
+            with mask_experts(model, {layer.index: masked}):
                 chosen = layer.router(tokens() * 1e4)[-1]  # one softmax score is 1, the others are exactly 0
-                assert chosen.sort(dim=1).values.tolist() == [[2, 3]] * 40
+                assert chosen.sort(dim=1).values.tolist() == [sorted({0, 1, 2, 3} - set(masked))] * 40
 
 
 def test_training_under_a_mask_reaches_no_masked_expert(
@@ -415,3 +416,18 @@ def test_an_expert_that_does_not_fit_is_refused(tiny_model: Maker) -> None:
     for expert in (-1, 4):
         with pytest.raises(ModelError, match=f"layer 0 has no expert {expert}"):
             read_expert(moe_layers(qwen)[0], expert)
+
+
+def test_who_watched_the_routing_before_the_mask_came_sees_what_it_leaves(family: str, tiny_model: Maker) -> None:
+    model = tiny_model(family)
+    layer = moe_layers(model)[0]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = layer.watch_routing(lambda chosen, weights: seen.append((chosen, weights)))
+    with mask_experts(model, {layer.index: (1,)}):
+        _, weights, chosen = layer.router(tokens())
+    handle.remove()
+    layer.router(tokens())
+    assert len(seen) == 1
+    assert not bool((seen[0][0] == 1).any())
+    assert torch.equal(seen[0][0], chosen)
+    assert torch.equal(seen[0][1], weights)

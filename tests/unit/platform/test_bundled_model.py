@@ -78,7 +78,7 @@ def test_the_default_model_is_what_federated_fine_tuning_expects() -> None:
     assert (facts.num_experts, facts.top_k, facts.norm_topk_prob) == (8, 2, True)
     # PyTorch's grouped matmul wants rows of a multiple of 16 bytes.
     assert facts.hidden_size * 4 % 16 == facts.expert_size * 4 % 16 == 0
-    assert (facts.attention_size // bundled_hf_config().num_attention_heads) * 4 % 16 == 0
+    assert (facts.attention[0].out_features // bundled_hf_config().num_attention_heads) * 4 % 16 == 0
 
 
 def test_the_reloaded_tokenizer_gives_the_ids_that_were_trained_on(made: Path) -> None:
