@@ -295,7 +295,8 @@ class ClientTask:
     ``keys`` and ``extra_keys`` name what of the broadcast goes to this client, and are charged to its ledger;
     ``extras`` are tensors for this client alone. ``assignment`` gives the experts it holds, by layer (``None``: all).
     ``state_version`` is the round whose private state it starts from (``None``: it has none yet, and is set up first).
-    ``hashes_frozen`` asks for the hash of the frozen tensors after training.
+    ``hashes_frozen`` asks for the hash of the frozen tensors after training. ``num_parts`` is how many parts a batch is cut
+    into, where the client ran out of memory before (``None``: as configured).
     """
 
     client_id: int
@@ -307,6 +308,7 @@ class ClientTask:
     budget: Budget | None = None
     state_version: int | None = None
     hashes_frozen: bool = False
+    num_parts: int | None = None
 
     @property
     def round_idx(self) -> int:
@@ -338,6 +340,7 @@ class ClientUpdate:
     ``expert_tokens`` (L, E) int64 counts the tokens that local training routed to each expert. ``statistics`` are the
     small tensors a method weighs updates by. ``metrics`` are sums with weights. ``state_version`` is the round whose
     private state this update wrote, ``None`` if the client has none. ``diagnostics`` are JSON values for the report.
+    ``num_parts`` is how many parts its batches were cut into.
     """
 
     client_id: int
@@ -351,6 +354,7 @@ class ClientUpdate:
     state_version: int | None = None
     diagnostics: Mapping[str, object] = field(default_factory=dict)
     seconds: float = 0.0
+    num_parts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

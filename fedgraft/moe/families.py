@@ -180,9 +180,7 @@ def model_facts(config: Any) -> ModelFacts:
             f"set num_experts_per_tok in config.json to 1 to {num_experts}",
         )
     normalises = family.normalises == "always" or (family.normalises == "config" and bool(config.norm_topk_prob))
-    shared = 1 if family.shared_expert is not None else 0
-    if family.num_shared_experts is not None:
-        shared = int(getattr(config, family.num_shared_experts, 0) or 0)
+    shared = getattr(config, family.num_shared_experts, 0) if family.num_shared_experts else family.shared_expert is not None
     return ModelFacts(
         family=family.model_type,
         layers=layers,
@@ -193,7 +191,7 @@ def model_facts(config: Any) -> ModelFacts:
         norm_topk_prob=normalises,
         attention=_latent_attention(config) if family.has_latent_attention else _plain_attention(config),
         num_layers=num_layers,
-        num_shared_experts=shared,
+        num_shared_experts=int(shared or 0),
         has_expert_bias=family.has_expert_bias,
         has_router_bias=family.has_router_bias,
     )

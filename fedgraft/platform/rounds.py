@@ -87,6 +87,7 @@ class RoundLoop:
         self._versions: dict[int, int] = {}
         self._failures: list[dict[str, Any]] = []
         self._made_again: list[ClientTask] = []
+        self._parts: dict[int, dict[int, int]] = {}
 
     def run(self) -> ServerState:
         """Run all rounds that are left.
@@ -130,8 +131,11 @@ class RoundLoop:
             self._folder.truncate(done)
             self._failures = list(self._folder.read_info().get("failures", []))
             self._failures = [failure for failure in self._failures if failure["round_idx"] <= done]
+        noted: dict[str, dict[str, int]] = self._folder.read_info().get("batch_parts", {})
+        self._parts = {int(client): {int(at): parts for at, parts in rounds.items()} for client, rounds in noted.items()}
         self._folder.write_info(
             frozen_hash_start=frozen,
+            engine=job.worker.engine.model_dump(mode="json"),
             device=facts[0]["device"],
             rounds=rounds,
             has_private=any(group == PRIVATE for group in self._groups.values()),
@@ -184,6 +188,7 @@ class RoundLoop:
             extra_keys=tuple(state.extras),
             state_version=self._versions.get(client_id),
             hashes_frozen=is_last,
+            num_parts=self._known_parts(client_id, plan.round_idx),
         )
         return self._method.task(state, task)
 
@@ -201,7 +206,10 @@ class RoundLoop:
             for finished in self._pool.map("update", [tasks[i] for i in left], shared):
                 position = left[finished.index]
                 task = tasks[position]
-                outcomes[position] = self._check(task, state, finished)
+                outcome = self._check(task, state, finished)
+                outcomes[position] = outcome
+                if isinstance(outcome, ClientUpdate):
+                    self._note_parts(task, outcome)
                 handles[position] = finished.handle
                 num_tries = finished.num_tries
                 rows[position] += _charge(task, sent[position], outcomes[position], num_tries=num_tries, attempt=attempt)
@@ -209,14 +217,30 @@ class RoundLoop:
             left = [i for i in left if isinstance(outcomes[i], ClientFailure) and not is_over[i]]
             if not left:
                 break
-        for outcome in outcomes:
-            if isinstance(outcome, ClientFailure):
-                data: dict[str, Any] = {"client_id": outcome.client_id, "stage": outcome.stage, "error": outcome.error}
-                self._failures.append(data | {"round_idx": outcome.round_idx})
+        for last in outcomes:
+            if isinstance(last, ClientFailure):
+                data: dict[str, Any] = {"client_id": last.client_id, "stage": last.stage, "error": last.error}
+                self._failures.append(data | {"round_idx": last.round_idx})
                 self._folder.write_info(failures=self._failures)
                 self._emit(Event(kind="failure", label=self._job.label, data=data))
         # In cohort order, whoever came first: the ledger is part of what must not depend on the replicas.
-        return [outcome for outcome in outcomes if outcome is not None], handles, [row for each in rows for row in each]
+        return [last for last in outcomes if last is not None], handles, [row for each in rows for row in each]
+
+    def _known_parts(self, client_id: int, round_idx: int) -> int | None:
+        """How many parts this client's batches were cut into by this round: a run that goes on does what it did."""
+        known = [parts for at, parts in self._parts.get(client_id, {}).items() if at <= round_idx]
+        return max(known, default=None)
+
+    def _note_parts(self, task: ClientTask, update: ClientUpdate) -> None:
+        """Write down at once that a client ran out of memory: the parts of its batches decide its bits."""
+        before = task.num_parts or self._job.worker.engine.gradient_accumulation_steps
+        if update.num_parts == before:
+            return
+        self._parts.setdefault(task.client_id, {})[task.round_idx] = update.num_parts
+        listed = {str(client): {str(at): parts for at, parts in rounds.items()} for client, rounds in self._parts.items()}
+        self._folder.write_info(batch_parts=listed)
+        text = f"client {task.client_id} ran out of memory and cuts its batches into {update.num_parts} parts from round "
+        self._emit(Event(kind="note", label=self._job.label, data={"text": f"{text}{task.round_idx} on"}))
 
     def _check(self, task: ClientTask, state: ServerState, finished: Finished) -> ClientUpdate | ClientFailure:
         """Refuse what does not fit the task: a wrong client or round, names or shapes that were not asked for."""

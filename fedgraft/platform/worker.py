@@ -6,6 +6,7 @@ because every task starts by loading all of them anew.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,8 @@ from fedgraft.training.config import EngineConfig, deepspeed_settings
 from fedgraft.training.decode import decode_greedy, rouge_l
 from fedgraft.training.deepspeed_engine import DeepSpeedEngine, SlotPolicy
 from fedgraft.training.evaluate import ChoiceTokens, score_batches, score_choices
-from fedgraft.training.ranks import open_ranks
+from fedgraft.training.ranks import close_ranks, open_ranks
+from fedgraft.training.step import is_out_of_memory
 from fedgraft.training.torch_engine import TorchEngine
 from fedgraft.types import (
     FROZEN,
@@ -200,8 +202,13 @@ class ClientWorker:
         return DeepSpeedEngine(model, slots, spec.run_seed, settings=settings, spec=spec.train, ranks=ranks, policy=policy)
 
     def close(self) -> None:
-        """Let go of the engine; the process may host another worker afterwards."""
+        """Let go of the engine; the process may host another worker afterwards.
+
+        Several ranks stay connected until their processes end together.
+        """
         self.engine.close()
+        if self.spec.engine.name == "deepspeed" and self.spec.engine.world_size == 1:
+            close_ranks()
 
     def initial_params(self) -> Params:
         """Start values of the slots that may be sent; the same on every replica."""
@@ -218,25 +225,48 @@ class ClientWorker:
             The small half of its reply, and the tensors it sends: deltas by key, and extras as ``extras/<name>``.
             An error in the client is a ``ClientFailure`` with the stage it happened in.
         """
-        stage = "setup"
         started = time.perf_counter()
+        num_parts = task.num_parts or self.spec.engine.gradient_accumulation_steps
+        while True:
+            try:
+                update, tensors = self._update(task, broadcast, num_parts)
+            except _OutOfMemory as error:
+                if self.spec.engine.on_out_of_memory == "fail" or num_parts >= self.spec.batch_size:
+                    return _failure(task, "train", error.cause), {}
+                num_parts = min(2 * num_parts, self.spec.batch_size)
+                self._free_memory()
+                continue
+            if isinstance(update, ClientUpdate):
+                update = replace(update, seconds=time.perf_counter() - started, num_parts=num_parts)
+            return update, tensors
+
+    def _update(self, task: ClientTask, broadcast: Broadcast, num_parts: int) -> tuple[ClientUpdate | ClientFailure, Params]:
+        """Host a client from its start, its batches cut into ``num_parts``."""
+        stage = "setup"
         try:
             session, spec = self._host(task, task.client_id, broadcast, wants_private=True)
+            spec = replace(spec, num_parts=num_parts)
             sent = [key for key in task.keys if key in self.sent]
             # Read back rather than taken from the broadcast: a narrower model rounds what it is given.
             start = self.engine.read(sent)
             stage = "train"
             result = self.method.local(session, lambda: self._train(session, task, spec, sent))
             stage = "reply"
-            update, tensors = self._reply(session, task, result, start)
+            return self._reply(session, task, result, start)
         except (GroupViolation, ReplicaError):
             raise  # a broken promise of the method ends the run, a broken replica is replaced: neither is a client's bad luck
         except Exception as error:
+            if stage == "train" and is_out_of_memory(error):
+                raise _OutOfMemory(error) from error
             # Whatever a hook raises is this client's failure, a value; who wants the traceback asks for debug logs.
             _log.debug("client %d failed at %s in round %d", task.client_id, stage, task.round_idx, exc_info=True)
-            text = f"{type(error).__name__}: {error}"
-            return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=text), {}
-        return replace(update, seconds=time.perf_counter() - started), tensors
+            return _failure(task, stage, error), {}
+
+    def _free_memory(self) -> None:
+        """Let go of what the failed step left, before the next try."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def evaluate(self, task: EvaluationTask, broadcast: Broadcast) -> tuple[EvaluationReply, None]:
         """Judge a global or a personal model on the tasks named."""
@@ -276,8 +306,7 @@ class ClientWorker:
         self.engine.load(session.received)
         self.engine.load({key: session.private[key] for key in self.private if key in session.private})
         rate = task.plan.learning_rate if isinstance(task, ClientTask) else self.spec.train.learning_rate
-        num_parts = self.spec.engine.gradient_accumulation_steps
-        return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale, num_parts=num_parts)
+        return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale)
 
     def _train(self, session: _Session, task: ClientTask, spec: TrainSpec, sent: Sequence[str]) -> TrainResult:
         moments = {key.removeprefix("optimizer/"): v for key, v in session.private.items() if key.startswith("optimizer/")}
@@ -371,6 +400,19 @@ class ClientWorker:
             for i in range(len(asked))
         ]
         return {"choice_accuracy": score_choices(model, questions, pad_token_id=self.pad_token_id, batch_size=batch_size)}
+
+
+class _OutOfMemory(Exception):
+    """A local step did not fit; what PyTorch said is the cause."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def _failure(task: ClientTask, stage: str, error: Exception) -> ClientFailure:
+    text = f"{type(error).__name__}: {error}"
+    return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=text)
 
 
 def _device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = ["EngineConfig", "deepspeed_settings"]
 
@@ -90,6 +92,11 @@ class EngineConfig(BaseModel):
                 "on_out_of_memory: halve needs world_size: 1, because a rank that runs out of memory alone leaves the others "
                 "waiting; raise gradient_accumulation_steps instead"
             )
+        if self.on_out_of_memory == "halve" and self.name != "torch" and self.zero_stage == 3:
+            raise ValueError(
+                "on_out_of_memory: halve cannot go on in ZeRO stage 3, whose buffers are left half filled; set stage: 2 or "
+                "lower, or raise gradient_accumulation_steps instead"
+            )
         if self.expert_parallel_size is not None and self.world_size % self.expert_parallel_size:
             raise ValueError(f"expert_parallel_size {self.expert_parallel_size} does not divide world_size {self.world_size}")
         if self.name != "torch":
@@ -99,7 +106,8 @@ class EngineConfig(BaseModel):
     def _stated_for_deepspeed(self) -> tuple[str, ...]:
         """Settings that only DeepSpeed has and that were given a value."""
         names = ("stage", "offload_optimizer", "offload_param", "expert_parallel_size", "deepspeed")
-        return tuple(name for name in names if getattr(self, name) not in (None, False))
+        values = {name: getattr(self, name) for name in names}
+        return tuple(name for name, value in values.items() if value is not None and value is not False)
 
     def _check_deepspeed(self) -> None:
         given = read_deepspeed(self.deepspeed)
@@ -121,6 +129,7 @@ class EngineConfig(BaseModel):
         for name, lowest in _FROM_STAGE.items():
             if (getattr(self, name) or _is_offloaded(zero.get(name))) and stage < lowest:
                 raise ValueError(f"{name} needs ZeRO stage {lowest} or higher, this is stage {stage}; raise stage or remove it")
+        _check_zero(zero)
         for key in zero:
             if key.startswith("stage3_") and stage < 3:
                 raise ValueError(f"deepspeed.zero_optimization.{key} has no effect in stage {stage}; set stage: 3, or remove it")
@@ -149,6 +158,31 @@ class EngineConfig(BaseModel):
             return self
         is_deepspeed = has_gpu or self.world_size > 1 or bool(self._stated_for_deepspeed())
         return self.model_copy(update={"name": "deepspeed" if is_deepspeed else "torch"})
+
+
+def _check_zero(zero: Mapping[str, Any]) -> None:
+    """Let DeepSpeed's own schema judge its section, so that a misspelt key is found before anything starts."""
+    if not set(zero) - {"stage"}:
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds to import
+
+    known = set(DeepSpeedZeroConfig.model_fields) | {
+        str(field.alias) for field in DeepSpeedZeroConfig.model_fields.values() if field.alias
+    }
+    for key in zero:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(
+                f"deepspeed.zero_optimization.{key} is not a known key; "
+                + (f"did you mean {near[0]}?" if near else "see DeepSpeed's documentation of zero_optimization")
+            )
+    try:
+        DeepSpeedZeroConfig.model_validate(dict(zero))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(("deepspeed.zero_optimization", *(str(part) for part in first["loc"])))
+        raise ValueError(f"{place} = {first['input']!r}: {first['msg'].lower()}") from None
 
 
 def _is_offloaded(section: Any) -> bool:

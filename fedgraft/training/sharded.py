@@ -136,15 +136,16 @@ class ShardedTraining:
                 self._engine.set_gradient_accumulation_boundary(index == spec.num_parts - 1)
                 total = loss + spec.training.router_aux_weight * balance
                 self._engine.backward(total * self.ranks.world_size, scale_wrt_gas=False)
+        whole_norm = self._norm_of_whole_gradients() if spec.zero_stage == 0 else None
         self._engine.step()
         self.model.eval()
-        norm = self._engine.get_global_grad_norm()
+        norm = whole_norm if whole_norm is not None else self._engine.get_global_grad_norm()
         return StepReport(
             step=step,
             loss=float(totals[0]),
             balance=float(totals[1]) if self._balance is not None else math.nan,
             learning_rate=rate,
-            grad_norm=float(norm) if norm is not None else math.nan,
+            grad_norm=float(norm),
             num_tokens=int(batch.attention_mask.sum()),
         )
 
@@ -220,11 +221,17 @@ class ShardedTraining:
     def _part(self, batch: Batch, index: int) -> Batch:
         """This rank's rows in one pass. Every rank makes as many passes: sharded weights come together only when all ask."""
         parts = self.spec.num_parts
-        part = part_of_batch(batch, self.ranks.rank * parts + index, self.ranks.world_size * parts)
+        # Ranks side by side in each pass, so that a pass has the same rows however many ranks share it.
+        part = part_of_batch(batch, index * self.ranks.world_size + self.ranks.rank, self.ranks.world_size * parts)
         if part is None:
             unlabelled = torch.full_like(batch.labels[:1], IGNORE_INDEX)
             part = Batch(input_ids=batch.input_ids[:1], attention_mask=batch.attention_mask[:1], labels=unlabelled)
         return to_device(part, self.device)
+
+    def _norm_of_whole_gradients(self) -> torch.Tensor:
+        """DeepSpeed tells the norm only where it shards."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]))
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         total = values.detach().clone()

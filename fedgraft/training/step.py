@@ -17,7 +17,7 @@ from fedgraft.moe.families import model_facts, moe_layers
 from fedgraft.protocols import Terms
 from fedgraft.types import IGNORE_INDEX, Batch
 
-__all__ = ["RoutingCounter", "StepOutput", "part_loss", "part_of_batch", "response_loss", "to_device"]
+__all__ = ["RoutingCounter", "StepOutput", "is_out_of_memory", "part_loss", "part_of_batch", "response_loss", "to_device"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,4 +136,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         input_ids=batch.input_ids.to(device),
         attention_mask=batch.attention_mask.to(device),
         labels=batch.labels.to(device),
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch could not allocate memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

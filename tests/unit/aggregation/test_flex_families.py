@@ -48,6 +48,7 @@ def test_the_graft_is_the_chosen_expert_and_trains(family: str, make_bench: Make
     counts = trained.expert_tokens
     assert counts.shape == (2, 4)
     assert counts.sum(dim=1).tolist() == [int(counts[0].sum())] * 2
+    assert int(counts[0].sum()) > 0
     assert int(counts[0].sum()) % 2 == 0  # top-2
 
 

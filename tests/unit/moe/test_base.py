@@ -260,3 +260,21 @@ def test_another_quantisation_is_refused_by_name(qwen: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match="is quantised with 'awq'") as caught:
         cache_base(str(qwen), "float32", tmp_path / "cache")
     assert "fp8, mxfp4" in caught.value.hint
+
+
+def test_transformers_is_asked_to_undo_a_quantisation(
+    tiny_model: Callable[..., PreTrainedModel], save_model: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU it does so unasked; on a GPU with the right kernels it would keep the packed form."""
+    source = save_model(tiny_model("gpt_oss", intermediate_size=32), tmp_path / "hf")
+    quantise(source, load_file(source / "model.safetensors"), {"quant_method": "mxfp4"})
+    asked: list[Any] = []
+
+    def note(*args: Any, config: Any, **kwargs: Any) -> None:
+        asked.append(config.quantization_config)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
+    with pytest.raises(ModelError, match="far enough"):
+        cache_base(str(source), "float32", tmp_path / "cache")
+    assert asked == [{"quant_method": "mxfp4", "dequantize": True}]
