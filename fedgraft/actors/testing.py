@@ -21,13 +21,13 @@ class Item:
     """What a double is to do: answer with ``number``, after it did ``act`` once.
 
     ``act`` is ``die`` (SIGKILL to its own process), ``hang`` (for an hour), ``raise`` or ``violate`` (always, not once), or
-    nothing. ``once``
-    is a file whose presence says that it was done.
+    nothing. ``once`` is a file whose presence says that it was done. Only ``rank`` does it, if one is named.
     """
 
     number: int
     act: str = ""
     once: Path | None = None
+    rank: int | None = None
 
 
 class Double:
@@ -37,8 +37,16 @@ class Double:
         """This process."""
         return os.getpid()
 
+    def place(self) -> tuple[str, str, str]:
+        """What this process was told of its place: rank, world size, and where the ranks meet."""
+        meeting = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", ""), meeting
+
     def work(self, item: Item, shared: int) -> tuple[int, list[int]]:
-        """Give number + shared, and a large result of it."""
+        """Give number + shared (and 1000 a rank), and a large result of it."""
+        rank = int(os.environ.get("RANK", "0"))
+        if item.rank is not None and item.rank != rank:
+            return item.number + shared + rank * 1000, [item.number] * 3
         if item.act == "raise":
             raise ValueError(f"item {item.number} is bad")
         if item.act == "violate":
@@ -48,4 +56,4 @@ class Double:
             if item.act == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(3600)
-        return item.number + shared, [item.number] * 3
+        return item.number + shared + rank * 1000, [item.number] * 3

@@ -259,4 +259,6 @@ def deepspeed_settings(config: EngineConfig, *, batch_size: int, dtype: str, max
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    if config.expert_parallel_size is not None:
+        settings["expert_parallel"] = {"autoep_size": config.expert_parallel_size}  # the engine adds what the model decides
     return settings

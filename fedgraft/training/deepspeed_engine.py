@@ -26,6 +26,7 @@ from fedgraft.moe.families import model_facts
 from fedgraft.moe.sharding import gathered
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
 from fedgraft.protocols import Terms, TrainResult, TrainSpec
+from fedgraft.training.expert_parallel import finish_settings, refuse_expert_parallel, spread_experts, spread_tensors
 from fedgraft.training.ranks import Ranks
 from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, to_device
 from fedgraft.types import IGNORE_INDEX, Batch, ParamRef, Params, Slots
@@ -94,7 +95,10 @@ class DeepSpeedEngine:
         ranks: Ranks,
         policy: Callable[[ParamRef], SlotPolicy],
     ) -> None:
-        refuse_slots(slots, int(settings["zero_optimization"]["stage"]))
+        stage = int(settings["zero_optimization"]["stage"])
+        refuse_slots(slots, stage)
+        if (section := settings.get("expert_parallel")) is not None:
+            refuse_expert_parallel(model.config, slots, size=section["autoep_size"], stage=stage)
         self.model = model
         self.facts = model_facts(model.config)
         self.device = next(model.parameters()).device
@@ -107,7 +111,7 @@ class DeepSpeedEngine:
         self._by_key = {ref.key: ref for ref in self.refs}
         self._parameters = dict(model.named_parameters())
         self._frozen = frozen_names(model, self.refs)
-        self._stage = int(settings["zero_optimization"]["stage"])
+        self._stage = stage
         self._groups = self._parameter_groups(policy)
         # In a fixed order: every rank must make the same collective calls one after another.
         self._trained = tuple(name for group in self._groups for name in group.names)
@@ -130,6 +134,8 @@ class DeepSpeedEngine:
             )
         self._engine: Any = None
         self._has_gradients = False
+        if section is not None:
+            spread_experts(model)
         if self._trained:
             self._initialise()
 
@@ -155,7 +161,11 @@ class DeepSpeedEngine:
     def frozen_hash(self) -> str:
         """SHA-256 over name, shape and bytes of every tensor of the model that is no slot."""
         digest = hashlib.sha256()
+        spread = spread_tensors(self.model)
         for name in self._frozen:
+            if name in spread:
+                spread[name].add_to(digest, name)
+                continue
             parameter = self._parameters[name]
             with gathered([parameter]):
                 tensor = parameter.detach()
@@ -341,9 +351,11 @@ class DeepSpeedEngine:
                 model=_Root(self.model),
                 model_parameters=[parameter for group in groups for parameter in group["params"]],  # type: ignore[attr-defined]
                 optimizer=optimizer,
-                config=self._settings,
+                config=finish_settings(self._settings, self.model),
                 dist_init_required=False,
             )
+        for name in spread_tensors(self.model):
+            self._parameters.pop(name, None)  # the whole experts; this rank's part took their place
         if self._spec.optimizer == "adamw":
             self._create_states()
 

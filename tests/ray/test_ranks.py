@@ -1,0 +1,144 @@
+"""Replicas of several ranks: they work in step, live and die together, and train as one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+import fedgraft
+from fedgraft.actors.hosting import Finished, PoolOptions
+from fedgraft.actors.pool import RayPool
+from fedgraft.actors.testing import Double, Item
+from fedgraft.errors import ClusterError
+from fedgraft.platform.checkpoint import load_latest
+from fedgraft.platform.progress import Event
+from fedgraft.platform.state_store import ClientStateStore
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def pool() -> Iterator[RayPool]:
+    made = RayPool(PoolOptions(replicas=2, ranks=2, max_failures=2, task_timeout_s=30.0, rank_grace_s=2.0))
+    made.host(Double)
+    yield made
+    made.close()
+
+
+def _run(pool: RayPool, items: list[Item]) -> dict[int, Finished]:
+    return {finished.index: finished for finished in pool.map("work", items, pool.share(100))}
+
+
+def test_ranks_know_their_place_and_the_leader_answers(pool: RayPool) -> None:
+    places = pool.call("place")
+    assert [(rank, size) for rank, size, _ in places] == [("0", "2"), ("0", "2")]
+    assert len({meeting for _, _, meeting in places}) == 2  # each replica meets at a port of its own
+    found = _run(pool, [Item(number=n) for n in range(5)])
+    assert {index: (done.value, done.followers) for index, done in found.items()} == {n: (n + 100, (n + 1100,)) for n in range(5)}
+
+
+@pytest.mark.parametrize("act", ["die", "hang"])
+def test_ranks_live_and_die_together(pool: RayPool, tmp_path: Path, act: str) -> None:
+    processes = [p for p in psutil.process_iter(["cmdline"]) if "ray::Rank" in " ".join(p.info["cmdline"] or [])]
+    assert len(processes) >= 4
+    bad = Item(number=1, act=act, once=tmp_path / "done", rank=1)
+    found = _run(pool, [Item(number=0), bad, Item(number=2)])
+    assert {index: done.value for index, done in found.items()} == {n: n + 100 for n in range(3)}
+    assert found[1].num_tries == 2
+    gone = [process for process in processes if not process.is_running()]
+    assert len(gone) == 2  # the follower that did it, and its leader
+    assert [rank for rank, *_ in pool.call("place")] == ["0", "0"]
+
+
+def test_too_many_ranks_are_refused_before_waiting() -> None:
+    cores = int(ray.cluster_resources()["CPU"])
+    with pytest.raises(ClusterError, match=rf"2 replicas of {cores} ranks each want {2 * cores} CPUs; the cluster has {cores}"):
+        RayPool(PoolOptions(replicas=2, ranks=cores))
+
+
+# ---- an experiment
+
+
+@pytest.fixture
+def make_config(make_base: Callable[..., Path], data_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+    def make(name: str, engine: dict[str, Any], executor: dict[str, Any]) -> Any:
+        fields = {"prompt": "q", "response": "a"}
+        return fedgraft.load_config(
+            {
+                "name": name,
+                "model": {"path": str(make_base())},
+                "data": {
+                    "path": str(data_folder.parent / "clients.jsonl"),
+                    "preset": "custom",
+                    "fields": fields | {"label": "kind"},
+                    "max_length": 32,
+                },
+                "method": {"name": "flex"},
+                "training": {"learning_rate": 0.01},
+                "federation": {"rounds": 2, "local_steps": 2, "batch_size": 5},
+                "evaluation": {"max_new_tokens": 4, "at_start": False},
+                "engine": engine,
+                "executor": executor,
+                "tracking": {"enabled": False},
+                "output": {"folder": str(tmp_path / "runs"), "cache": str(tmp_path / "cache"), "report": False},
+            }
+        )
+
+    return make
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    run = folder / "flex" / "seed-0" if (folder / "flex").is_dir() else folder
+    checkpoint = load_latest(run / "checkpoints", store=ClientStateStore(run / "clients"))
+    assert checkpoint is not None
+    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    return {"params": checkpoint.state.params, "rows": rows, "info": json.loads((run / "run.json").read_text())}
+
+
+def _nll(found: dict[str, Any]) -> dict[Any, float]:
+    return {
+        (row["client_id"], row["round"]): row["total"] / row["weight"]
+        for row in found["rows"]
+        if row["metric"] == "nll" and row["task"] == "client" and row["view"] == "personal"
+    }
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_train_as_one_process_does(
+    stage: int, make_config: Callable[..., Any], assert_same_bits: Callable[..., None]
+) -> None:
+    alone = _state(fedgraft.run(make_config("alone", {"name": "torch"}, {"kind": "in_process"})).folder)
+    engine = {"name": "deepspeed", "stage": stage, "world_size": 2}
+    if stage == 3:
+        engine["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    executor = {"kind": "ray", "replicas": 1}
+    two = _state(fedgraft.run(make_config("two", engine, executor)).folder)
+    assert two["info"]["engine"]["name"] == "deepspeed"
+    assert two["info"]["frozen_hash_start"] == two["info"]["frozen_hash_end"] == alone["info"]["frozen_hash_start"]
+    # Rows of 5 go 2 and 3 to the ranks: float32 sums in another order, magnified where AdamW divides by a small gradient.
+    expected = _nll(alone)
+    found = _nll(two)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, abs=2e-4)
+    if stage == 3:
+        return
+    killed: list[int] = []
+
+    def on_event(event: Event) -> None:
+        if event.kind == "round" and not killed:
+            victims = [p for p in psutil.process_iter(["cmdline"]) if "ray::Rank" in " ".join(p.info["cmdline"] or [])]
+            killed.append(max(victims, key=lambda p: p.create_time()).pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    again = _state(fedgraft.run(make_config("killed", engine, executor), on_event=on_event).folder)
+    assert killed
+    assert_same_bits(again["params"], two["params"])
+    assert _nll(again) == found
