@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from fedgraft.platform.export import Export, export
     from fedgraft.platform.loading import load_config
     from fedgraft.platform.plan import make_plan
+    from fedgraft.platform.pretraining.command import PretrainOutcome, pretrain_model
+    from fedgraft.platform.pretraining.config import PretrainConfig
+    from fedgraft.platform.pretraining.loading import load_pretrain_config
     from fedgraft.platform.progress import Event
     from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison, read_run
     from fedgraft.protocols import Method, MethodConfig
@@ -37,14 +40,18 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MethodInfo",
+    "PretrainConfig",
+    "PretrainOutcome",
     "RunConfig",
     "RunResult",
     "examine",
     "export",
     "load_config",
     "load_export",
+    "load_pretrain_config",
     "make_plan",
     "methods",
+    "pretrain_model",
     "read_comparison",
     "read_run",
     "run",
@@ -58,14 +65,18 @@ _HOMES = {
     "Method": "fedgraft.protocols",
     "MethodConfig": "fedgraft.protocols",
     "MethodInfo": "fedgraft.platform.catalogue",
+    "PretrainConfig": "fedgraft.platform.pretraining.config",
+    "PretrainOutcome": "fedgraft.platform.pretraining.command",
     "RunConfig": "fedgraft.platform.config",
     "RunResult": "fedgraft.platform.results",
     "examine": "fedgraft.platform.doctor",
     "export": "fedgraft.platform.export",
     "load_config": "fedgraft.platform.loading",
     "load_export": "fedgraft.moe.export",
+    "load_pretrain_config": "fedgraft.platform.pretraining.loading",
     "make_plan": "fedgraft.platform.plan",
     "methods": "fedgraft.platform.catalogue",
+    "pretrain_model": "fedgraft.platform.pretraining.command",
     "read_comparison": "fedgraft.platform.results",
     "read_run": "fedgraft.platform.results",
     "run": "fedgraft.tuning.experiment",

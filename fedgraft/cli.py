@@ -93,6 +93,35 @@ def run(
 
 
 @app.command()
+def pretrain(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="A YAML file (without one: a packaged small example), then options of it to replace, such as training.steps=50.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="FOLDER", help="Go on with one that was stopped, in its output folder.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show notes and the result only.")] = False,
+) -> None:
+    """Make a base model from text, with Ray Train and DeepSpeed."""
+    source, overrides = _split(arguments or [])
+    if resume is not None and arguments:
+        raise typer.BadParameter("what is resumed keeps its configuration: give --resume FOLDER alone", param_hint="--resume")
+    with _errors():
+        from fedgraft.platform.pretraining.command import pretrain_table
+        from fedgraft.platform.progress import make_display
+
+        config = fedgraft.load_pretrain_config(source, overrides) if resume is None else None
+        output = Console()
+        with make_display(output, quiet) as display:
+            outcome = fedgraft.pretrain_model(config, resume=resume, on_event=display)
+        output.print(pretrain_table(outcome))
+
+
+@app.command()
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Everything, options with their descriptions too, as JSON.")] = False,
 ) -> None:

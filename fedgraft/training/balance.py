@@ -46,14 +46,15 @@ class RouterBalance:
         self._seen = {}
 
     def share(self) -> torch.Tensor:
-        """Give this rank's share of the loss of the last forward pass; the shares of all ranks add up to it."""
-        assert self._mask is not None
+        """Give this rank's share of the loss of the forward pass since ``attend``; the shares of all ranks add up to it."""
+        assert self._mask is not None, "attend() comes before the forward pass"
         counts_LE = torch.stack([self._seen[layer.index][0] for layer in self._layers]).double()
         num_experts = counts_LE.shape[1]
         num_tokens = self._mask.sum().double().reshape(1)
         total = self._sum(torch.cat([counts_LE.reshape(-1), num_tokens]))
         frequency_LE = (total[:-1] / total[-1]).reshape(len(self._layers), num_experts).float()
         sums_LE = torch.stack([self._seen[layer.index][1] for layer in self._layers])
+        self._mask = None
         return num_experts * (frequency_LE * sums_LE).sum() / float(total[-1]) / len(self._layers)
 
     def close(self) -> None:
@@ -63,6 +64,8 @@ class RouterBalance:
 
     def _hook(self, layer: MoELayer) -> Callable[..., None]:
         def watch(router: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+            if self._mask is None:
+                return  # a pass that only judges
             logits_TE, chosen_TK = output[0][self._mask], output[-1][self._mask]
             counts_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits_TE.shape[-1])
             self._seen[layer.index] = (counts_E, expert_probabilities(layer.family.rule, logits_TE).sum(dim=0))

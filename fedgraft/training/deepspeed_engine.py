@@ -4,8 +4,7 @@ All ranks do the same things in the same order, each on its own rows of every ba
 is the step of the whole batch. ZeRO shards optimiser state (stage 1), gradients too (2), parameters too (3). Below stage 3 the
 frozen base stays where it is mapped, shared by all processes of a node; stage 3 copies each rank's share into private memory.
 
-Values travel between slots and DeepSpeed through a float32 copy of the slots on the CPU: DeepSpeed keeps float32 master weights
-of its own, and a weight that is written without its master comes back as it was at the next step.
+Values travel between slots and DeepSpeed through a float32 copy of the slots on the CPU and ``MasterWeights``.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from fedgraft.moe.sharding import gathered
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
 from fedgraft.protocols import Terms, TrainResult, TrainSpec
 from fedgraft.training.expert_parallel import finish_settings, refuse_expert_parallel, spread_experts, spread_tensors
+from fedgraft.training.master_weights import MasterWeights
 from fedgraft.training.ranks import Ranks
 from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, to_device
 from fedgraft.types import IGNORE_INDEX, Batch, ParamRef, Params, Slots
@@ -34,7 +34,6 @@ from fedgraft.types import IGNORE_INDEX, Batch, ParamRef, Params, Slots
 __all__ = ["DeepSpeedEngine", "SlotPolicy", "refuse_slots"]
 
 _log = logging.getLogger(__name__)
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +132,7 @@ class DeepSpeedEngine:
                 size / 1e6,
             )
         self._engine: Any = None
+        self._masters: MasterWeights | None = None
         self._has_gradients = False
         if section is not None:
             spread_experts(model)
@@ -173,37 +173,25 @@ class DeepSpeedEngine:
                 digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _push(self, names: Sequence[str]) -> None:
-        """Write values into live weights first, then into masters: each alone is undone or stale (see the module's text)."""
-        if not names:
+    def _push(self, names: Iterable[str]) -> None:
+        """Write values into DeepSpeed's live weights and masters; slots that never train have a live weight only."""
+        wanted = list(names)
+        if not wanted:
             return
-        from deepspeed.runtime.zero import GatheredParameters
-
-        parameters = [self._parameters[name] for name in names]
-        with torch.no_grad(), GatheredParameters(parameters, modifier_rank=0, enabled=self._stage == 3):
-            for name, parameter in zip(names, parameters, strict=True):
-                if self._stage < 3 or self.is_leader:
-                    parameter.data.copy_(self._values[name])
-        optimizer = self._zero_optimizer
-        if optimizer is None:
+        if self._masters is None:
+            for name in wanted:
+                self._parameters[name].data.copy_(self._values[name])
             return
-        optimizer.refresh_fp32_params()
+        self._masters.write({name: self._values[name] for name in wanted})
         if self._is_narrow:
-            # The refresh rounds what it copies from bfloat16 weights; the masters take the full values.
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            for name in self._trained:
-                parameter = self._parameters[name]
-                safe_set_full_fp32_param(parameter, self._values[name].to(parameter.device))
+            # Of all trained slots: writing some refreshes the masters of all, rounded.
+            self._masters.write_exactly({name: self._values[name] for name in self._trained})
 
     def _pull(self, names: Iterable[str]) -> None:
         """Read trained values back from the masters."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for name in names:
-            parameter = self._parameters[name]
-            full = parameter.detach() if self._zero_optimizer is None else safe_get_full_fp32_param(parameter)
-            self._values[name].copy_(full.reshape(self._values[name].shape))
+        if self._masters is not None:
+            for name in names:
+                self._values[name].copy_(self._masters.read(name).reshape(self._values[name].shape))
 
     # ---- training
 
@@ -287,23 +275,19 @@ class DeepSpeedEngine:
 
     def read_gradients(self, keys: Iterable[str]) -> Params:
         """Copy the whole batch's gradients of these slots out, on the CPU."""
-        from deepspeed.utils import safe_get_full_grad
-
         full: dict[str, torch.Tensor] = {}
         found: Params = {}
         for key in keys:
             ref = self._by_key[key]
             if ref.name not in full:
-                gradient = safe_get_full_grad(self._parameters[ref.name])
+                gradient = None if self._masters is None else self._masters.read_gradient(ref.name)
                 shape = self._values[ref.name].shape
-                full[ref.name] = torch.zeros(shape) if gradient is None else gradient.detach().float().cpu().reshape(shape)
+                full[ref.name] = torch.zeros(shape) if gradient is None else gradient.float().cpu().reshape(shape)
             found[key] = ref.view(full[ref.name]).clone()
         return found
 
     def write_gradients(self, gradients: Params) -> None:
         """Replace the gradients of these slots."""
-        from deepspeed.utils import safe_set_full_grad
-
         names = list(dict.fromkeys(self._by_key[key].name for key in gradients))
         siblings = [ref.key for ref in self.refs if ref.name in set(names)]
         full: Params = {}
@@ -312,24 +296,16 @@ class DeepSpeedEngine:
             whole = full.setdefault(ref.name, torch.zeros(self._values[ref.name].shape))
             ref.view(whole).copy_(value)
         for name in names:
-            parameter = self._parameters[name]
-            if self._stage == 0 and parameter.grad is None and not hasattr(parameter, "_hp_mapping"):
-                parameter.grad = torch.zeros_like(parameter)
-            safe_set_full_grad(parameter, full[name].to(parameter.device))
+            if self._masters is not None:
+                self._masters.write_gradient(name, full[name])
 
     def close(self) -> None:
         """Let go of DeepSpeed's engine; its hooks leave the model."""
         if self._engine is not None:
             self._engine.destroy()
-            self._engine = None
+            self._engine = self._masters = None
 
     # ---- DeepSpeed
-
-    @property
-    def _zero_optimizer(self) -> Any:
-        """DeepSpeed's wrapper with master weights; ``None`` where weights are stepped directly (stage 0 in float32)."""
-        optimizer = self._engine.optimizer if self._engine is not None else None
-        return optimizer if hasattr(optimizer, "refresh_fp32_params") else None
 
     @property
     def _is_narrow(self) -> bool:
@@ -356,8 +332,8 @@ class DeepSpeedEngine:
             )
         for name in spread_tensors(self.model):
             self._parameters.pop(name, None)  # the whole experts; this rank's part took their place
-        if self._spec.optimizer == "adamw":
-            self._create_states()
+        names = [group.names for group in self._groups]
+        self._masters = MasterWeights(self._engine, self._parameters, names, self._stage, is_leader=self.is_leader)
 
     def _let_inputs_require_gradients(self) -> None:
         """Give every module an input that asks for a gradient.
@@ -396,89 +372,22 @@ class DeepSpeedEngine:
 
     def _begin(self, spec: TrainSpec, moments: Params) -> None:
         """Set the rates, forget the last client's moments, and take over this one's."""
-        if self._engine is None:
+        if self._masters is None:
             return
-        for group, ours in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
-            group["lr"] = spec.learning_rate * ours.lr_scale
-        inner = self._inner_optimizer
-        for state in inner.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    value.zero_()
-        if not moments:
-            return
-        from deepspeed.utils import safe_set_full_optimizer_state
-
+        self._masters.begin([spec.learning_rate * group.lr_scale for group in self._groups])
         for name, value in moments.items():
             key, _, moment = name.partition("|")
-            parameter = self._parameters[self._by_key[key].name]
-            if moment == "step":
-                self._step_count(parameter).fill_(float(value))
-            elif self._zero_optimizer is None:
-                inner.state[parameter][moment].copy_(value)
-            else:
-                safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
-
-    @property
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self._engine.optimizer
-        return optimizer if self._zero_optimizer is None else optimizer.optimizer  # type: ignore[no-any-return]
-
-    def _create_states(self) -> None:
-        """Make the moments that AdamW else makes at its first step.
-
-        Kept ones need a place before it; and ZeRO looks for those of all groups once, after the first group's step.
-        """
-        states = self._inner_optimizer.state
-        for parameter in self._flat_parameters():
-            zeros = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
-            states[parameter].update({"step": torch.zeros(()), **zeros})
-        link = getattr(self._zero_optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
-
-    def _flat_parameters(self) -> list[torch.Tensor]:
-        """What the inner optimiser steps: the weights themselves, or ZeRO's flat master partitions, group by group."""
-        optimizer = self._zero_optimizer
-        if optimizer is None:
-            return [parameter for group in self._engine.optimizer.param_groups for parameter in group["params"]]
-        if self._stage == 3:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        flat = getattr(optimizer, "single_partition_of_fp32_groups", None)
-        return list(flat if flat is not None else optimizer.fp32_groups_flat_partition)
-
-    def _step_count(self, parameter: nn.Parameter) -> torch.Tensor:
-        """AdamW's count of steps for a slot: its own, or that of the flat partition it lies in."""
-        states = self._inner_optimizer.state
-        if self._zero_optimizer is None:
-            return states[parameter]["step"]  # type: ignore[no-any-return]
-        name = next(name for name, found in self._parameters.items() if found is parameter)
-        place = next(index for index, group in enumerate(self._groups) if name in group.names)
-        flat = self._flat_parameters()
-        if self._stage == 3:
-            place = next(
-                index
-                for index, subgroup in enumerate(self._zero_optimizer.fp16_groups)
-                if any(found is parameter for found in subgroup)
-            )
-        return states[flat[place]]["step"]  # type: ignore[no-any-return]
+            self._masters.write_moment(self._by_key[key].name, moment, value)
 
     def _read_moments(self, keys: Sequence[str]) -> Params:
         """Moments as ``key|moment``; only whole parameters can keep theirs."""
+        if self._masters is None:
+            return {}
         found: Params = {}
-        if self._engine is None or self._spec.optimizer == "sgd":
-            return found
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         for key in keys:
-            parameter = self._parameters[self._by_key[key].name]
-            found[f"{key}|step"] = self._step_count(parameter).detach().cpu().clone()
-            for moment in _MOMENTS:
-                if self._zero_optimizer is None:
-                    value = self._inner_optimizer.state[parameter][moment]
-                else:
-                    value = safe_get_full_optimizer_state(parameter, moment)
-                found[f"{key}|{moment}"] = value.detach().cpu().clone().reshape(self._by_key[key].shape)
+            ref = self._by_key[key]
+            for moment, value in self._masters.read_moments(ref.name).items():
+                found[f"{key}|{moment}"] = value if moment == "step" else value.reshape(ref.shape)
         return found
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:

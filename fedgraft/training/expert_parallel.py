@@ -24,7 +24,15 @@ from fedgraft.moe.families import MoELayer, family_of, model_facts, moe_layers, 
 from fedgraft.moe.sharding import gathered
 from fedgraft.types import Slots
 
-__all__ = ["PRESETS", "SpreadExperts", "SpreadTensor", "finish_settings", "refuse_expert_parallel", "spread_experts", "spread_tensors"]
+__all__ = [
+    "PRESETS",
+    "SpreadExperts",
+    "SpreadTensor",
+    "finish_settings",
+    "refuse_expert_parallel",
+    "spread_experts",
+    "spread_tensors",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -218,7 +226,11 @@ class SpreadExperts(nn.Module):
 
     def _tensor(self, name: str, parts: tuple[str, ...]) -> Any:
         experts: Any = self.spread.get_submodule("experts")
-        return SpreadTensor(self.spread, tuple(getattr(experts, part) for part in parts)) if self.is_spread else getattr(experts, name)
+        return (
+            SpreadTensor(self.spread, tuple(getattr(experts, part) for part in parts))
+            if self.is_spread
+            else getattr(experts, name)
+        )
 
 
 def spread_experts(model: nn.Module) -> None:

@@ -231,7 +231,9 @@ class ShardedTraining:
     def _norm_of_whole_gradients(self) -> torch.Tensor:
         """DeepSpeed tells the norm only where it shards."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients]))
+        norms = [torch.linalg.vector_norm(gradient.float()) for gradient in gradients]
+        whole: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return whole
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         total = values.detach().clone()
@@ -247,7 +249,7 @@ class ShardedTraining:
             name="deepspeed",
             world_size=self.ranks.world_size,
             gradient_accumulation_steps=spec.num_parts,
-            stage=spec.zero_stage,  # type: ignore[arg-type]
+            stage=spec.zero_stage,
         )
         clip = spec.training.max_grad_norm
         settings = deepspeed_settings(config, batch_size=spec.batch_size, dtype=spec.dtype, max_grad_norm=clip)
@@ -259,7 +261,7 @@ class ShardedTraining:
         with _without_compiler_warnings():
             engine, *_ = deepspeed.initialize(
                 model=_Root(self.model),
-                model_parameters=[parameter for group in groups for parameter in group["params"]],  # type: ignore[attr-defined]
+                model_parameters=[parameter for group in groups for parameter in group["params"]],
                 optimizer=optimizer,
                 config=settings,
                 dist_init_required=False,

@@ -13,7 +13,6 @@ test split is never looked at. One rate for all methods misleads: where LoRA is 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -21,8 +20,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from fedgraft.actors.hosting import JobContext, Pool, PoolOptions
 from fedgraft.data.prepare import prepare
@@ -43,7 +40,7 @@ from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import launch
 from fedgraft.platform.loading import dump_config, load_config
-from fedgraft.platform.plan import MachineFacts, free_memory, make_plan, usable_cores
+from fedgraft.platform.plan import make_plan, require_memory, this_machine
 from fedgraft.platform.progress import Event
 from fedgraft.platform.report import write_report
 from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison
@@ -83,9 +80,11 @@ def run(
         if not (folder / "config.yaml").is_file():
             raise CheckpointError(f"{folder} holds no config.yaml", "name the folder of an experiment, e.g. runs/quickstart-...")
         config = load_config(folder / "config.yaml")
+        require_memory(config)
     elif config is None:
         raise FedgraftError("nothing to run: neither a config nor a folder to resume was given")
     else:
+        require_memory(config)
         folder = _new_folder(config)
         (folder / "config.yaml").write_text(dump_config(config.absolute()))
     notify = on_event or (lambda event: None)
@@ -202,8 +201,7 @@ class _Execution:
 
     def _num_replicas(self, num_clients: int) -> int:
         """As the plan says, which a dry run shows; never more than clients of a round."""
-        machine = MachineFacts(cores=usable_cores(), memory_bytes=free_memory(), gpus=torch.cuda.device_count(), speed=math.inf)
-        planned = min(method.replicas for method in make_plan(self._config, machine).methods)
+        planned = min(method.replicas for method in make_plan(self._config, this_machine()).methods)
         if self._config.executor.replicas is not None:
             return planned
         return max(1, min(planned, self._config.federation.cohort_size or num_clients, num_clients))

@@ -1,11 +1,11 @@
 """``fedgraft pretrain``: from texts to a Hugging Face folder that ``fedgraft run`` takes.
 
-    <output.folder>/
-        config.json  model.safetensors  tokenizer.json ...   the model, once it is trained
-        pretrain.json                                        what was done: losses, held-out loss, versions, seconds
-        training/                                            what a resume needs; may be deleted afterwards
-            config.yaml  config.json  tokenizer/  sequences.safetensors  prepared.json
-            metrics.jsonl  attempt-<k>/step-<n>/
+<output.folder>/
+    config.json  model.safetensors  tokenizer.json ...   the model, once it is trained
+    pretrain.json                                        what was done: losses, held-out loss, versions, seconds
+    training/                                            what a resume needs; may be deleted afterwards
+        config.yaml  config.json  tokenizer/  sequences.safetensors  prepared.json
+        metrics.jsonl  attempt-<k>/step-<n>/
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from transformers import CONFIG_MAPPING
 
 from fedgraft.data.config import SourceConfig
@@ -44,7 +44,7 @@ class _Frozen(BaseModel):
 
 
 class PretrainDataConfig(SourceConfig):
-    """The texts: a file or folder (.txt, .jsonl, .json, .csv, .parquet, also .gz), a hub data set, or (neither) the bundled corpus."""
+    """The texts: a file or folder (.txt, .jsonl, .json, .csv, .parquet, also .gz), a hub data set, or the bundled corpus."""
 
     text_field: str | None = Field(
         default=None,
@@ -99,10 +99,15 @@ class PretrainModelConfig(_Frozen):
         default_factory=dict, description="Fields of the family's Hugging Face configuration; what is not given is its default."
     )
 
+    @field_validator("family")
+    @classmethod
+    def _is_known(cls, family: str) -> str:
+        if family not in FAMILIES:
+            raise ValueError(f"expected one of {', '.join(FAMILIES)}")
+        return family
+
     @model_validator(mode="after")
     def _builds(self) -> Self:
-        if self.family not in FAMILIES:
-            raise ValueError(f"family {self.family!r}: expected one of {', '.join(FAMILIES)}")
         build_hf_config(self, vocab_size=MIN_VOCABULARY)
         return self
 
@@ -262,6 +267,10 @@ def build_hf_config(model: PretrainModelConfig, **tokens: int | None) -> Any:
 
 def _check_heads(model: PretrainModelConfig, built: Any) -> None:
     hidden, heads = int(built.hidden_size), int(built.num_attention_heads)
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+        value = getattr(built, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"sizes.{name} is {value}; it must be at least 1")
     is_plain = not FAMILIES[model.family].has_latent_attention
     if is_plain and model.sizes.get("head_dim") is None and hidden % heads:
         raise ValueError(
@@ -270,5 +279,5 @@ def _check_heads(model: PretrainModelConfig, built: Any) -> None:
     pairs = int(getattr(built, "num_key_value_heads", None) or heads)
     if heads % pairs:
         raise ValueError(
-            f"sizes.num_attention_heads is {heads}, which is no multiple of sizes.num_key_value_heads, {pairs}; change one of them"
+            f"sizes.num_attention_heads is {heads}, no multiple of sizes.num_key_value_heads, {pairs}; change one of them"
         )

@@ -36,9 +36,7 @@ def load_pretrain_config(source: Path | str | Mapping[str, Any] | None = None, o
             given = getattr(config, section).path
             if given is not None and not given.expanduser().exists():
                 shown, hint = show_value(str(given)), _nearest(given)
-                draft.found.append(
-                    Found(path=(section, "path"), value=shown, expected="a file or folder that exists", hint=hint)
-                )
+                draft.found.append(Found(path=(section, "path"), value=shown, expected="a file or folder that exists", hint=hint))
     if draft.found or config is None:
         raise draft.error()
     return cast(PretrainConfig, _expanded(config))
