@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +18,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import fedgraft.aggregation  # noqa: F401  (registers the methods)
-from fedgraft.data.batches import eval_batches, train_batches
+from fedgraft.data.batches import eval_batches
 from fedgraft.data.prepared import PreparedData, TokenizedSplit
 from fedgraft.data.tokenise import load_tokenizer, pad_token_id
 from fedgraft.errors import GroupViolation, ModelError, ReplicaError, UpdateError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.platform.ledger import describe, refuse_private
+from fedgraft.platform.session import ClientSession
 from fedgraft.platform.state_store import ClientStateStore
 from fedgraft.protocols import Engine, Method, TrainResult, TrainSpec
 from fedgraft.registry import METHODS, load_entry_points, load_method_file
-from fedgraft.seeding import derive_seed
 from fedgraft.training.config import EngineConfig, deepspeed_settings
 from fedgraft.training.decode import decode_greedy, rouge_l
 from fedgraft.training.deepspeed_engine import DeepSpeedEngine, SlotPolicy
@@ -39,7 +39,6 @@ from fedgraft.training.torch_engine import TorchEngine
 from fedgraft.types import (
     FROZEN,
     PRIVATE,
-    Batch,
     Broadcast,
     ClientFailure,
     ClientTask,
@@ -47,7 +46,6 @@ from fedgraft.types import (
     EvaluationReply,
     EvaluationRow,
     EvaluationTask,
-    Group,
     ParamRef,
     Params,
     Weighted,
@@ -56,7 +54,6 @@ from fedgraft.types import (
 __all__ = ["ClientWorker", "WorkerSpec"]
 
 _log = logging.getLogger(__name__)
-_CALIBRATION_BATCH = 16
 _TORCH = EngineConfig(name="torch", device="cpu")
 
 
@@ -89,60 +86,6 @@ class WorkerSpec:
     def build(self) -> ClientWorker:
         """Make the worker in this process."""
         return ClientWorker(self)
-
-
-class _Session:
-    """One client on this replica for one task; see ``fedgraft.protocols.Session``."""
-
-    def __init__(self, worker: ClientWorker, task: ClientTask | EvaluationTask, client_id: int, broadcast: Broadcast) -> None:
-        self._worker = worker
-        self._client_id = client_id
-        self.engine: Engine = worker.engine
-        self.task = task
-        self.private: Params = {}
-        self.diagnostics: dict[str, Any] = {}
-        self.received: Params = {key: broadcast.params[key] for key in task.keys}
-        self.received_extras: Params = {key: broadcast.extras[key] for key in task.extra_keys} | task.extras
-        self.groups: Mapping[str, Group] = worker.groups
-
-    @property
-    def _train(self) -> TokenizedSplit:
-        return self._worker.data.split(self._client_id, "train")
-
-    @property
-    def num_train_examples(self) -> int:
-        return len(self._train)
-
-    def seed(self, purpose: str) -> int:
-        return derive_seed(self._worker.spec.run_seed, purpose, round_idx=self.task.round_idx, client_id=self._client_id)
-
-    def setup_seed(self, purpose: str) -> int:
-        return derive_seed(self._worker.spec.run_seed, purpose, client_id=self._client_id)
-
-    def train_batches(self) -> Iterator[Batch]:
-        assert isinstance(self.task, ClientTask)
-        return train_batches(
-            self._train,
-            self.task.plan.num_steps,
-            self._worker.spec.batch_size,
-            self.seed("batches"),
-            self._worker.pad_token_id,
-        )
-
-    def calibration_batches(self, num_examples: int) -> list[Batch]:
-        # eval_batches sorts by length, so the examples are drawn first, in an order that depends on nothing but the seed.
-        generator = torch.Generator().manual_seed(self.setup_seed("calibration"))
-        chosen = torch.randperm(len(self._train), generator=generator)[:num_examples].sort().values.tolist()
-        return [
-            self._train.batch(chosen[start : start + _CALIBRATION_BATCH], self._worker.pad_token_id)
-            for start in range(0, len(chosen), _CALIBRATION_BATCH)
-        ]
-
-    def retention_batches(self, num_examples: int) -> list[Batch]:
-        retention = self._worker.data.retention
-        if retention is None:
-            return []
-        return list(eval_batches(retention, _CALIBRATION_BATCH, self._worker.pad_token_id, num_examples))
 
 
 class ClientWorker:
@@ -293,9 +236,19 @@ class ClientWorker:
 
     def _host(
         self, task: ClientTask | EvaluationTask, client_id: int, broadcast: Broadcast, *, wants_private: bool
-    ) -> tuple[_Session, TrainSpec]:
+    ) -> tuple[ClientSession, TrainSpec]:
         """Load every slot: start values, then what the server sent, then the client's own."""
-        session = _Session(self, task, client_id, broadcast)
+        session = ClientSession(
+            task,
+            client_id,
+            broadcast,
+            engine=self.engine,
+            groups=self.groups,
+            data=self.data,
+            pad_token_id=self.pad_token_id,
+            run_seed=self.spec.run_seed,
+            batch_size=self.spec.batch_size,
+        )
         self.engine.load(self.engine.initial)
         if wants_private and self.private:
             if task.state_version is None:
@@ -308,7 +261,7 @@ class ClientWorker:
         rate = task.plan.learning_rate if isinstance(task, ClientTask) else self.spec.train.learning_rate
         return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale)
 
-    def _train(self, session: _Session, task: ClientTask, spec: TrainSpec, sent: Sequence[str]) -> TrainResult:
+    def _train(self, session: ClientSession, task: ClientTask, spec: TrainSpec, sent: Sequence[str]) -> TrainResult:
         moments = {key.removeprefix("optimizer/"): v for key, v in session.private.items() if key.startswith("optimizer/")}
         return self.engine.train(
             session.train_batches(),
@@ -321,7 +274,7 @@ class ClientWorker:
             keep_optimizer_state=self._persisted,
         )
 
-    def _reply(self, session: _Session, task: ClientTask, result: TrainResult, start: Params) -> tuple[ClientUpdate, Params]:
+    def _reply(self, session: ClientSession, task: ClientTask, result: TrainResult, start: Params) -> tuple[ClientUpdate, Params]:
         """Take the deltas of what is sent, store what is private, and describe the payload."""
         trained = self.engine.read(start)
         delta = {key: value - start[key] for key, value in trained.items()}

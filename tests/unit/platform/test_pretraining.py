@@ -40,7 +40,7 @@ SIZES = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
 }
 
 
