@@ -1,4 +1,4 @@
-"""Pre-training with Ray Train's TorchTrainer and DeepSpeed on two workers: the steps of a plain loop, and going on after a kill."""
+"""Pre-training with Ray Train and DeepSpeed on two workers: the steps of a plain loop, and going on after a kill."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from fedgraft.platform.pretraining.ray_train import run_job
 from fedgraft.platform.progress import Event
 from fedgraft.training.pretrain import learning_rate_at
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated"),  # Ray Train reads an option of Ray Data
+]
 
 STEPS = 60
 

@@ -243,7 +243,8 @@ def build_hf_config(model: PretrainModelConfig, **tokens: int | None) -> Any:
             a token takes. The message names the field.
     """
     kind = CONFIG_MAPPING[model.family]
-    known = [field.name for field in dataclasses.fields(kind)] + list(kind.attribute_map)
+    known = [field.name for field in dataclasses.fields(kind)]
+    known += [*kind.attribute_map, *kind.attribute_map.values()]
     for name in model.sizes:
         if name in _FROM_ELSEWHERE:
             raise ValueError(f"sizes.{name} cannot be set here: {_FROM_ELSEWHERE[name]}")
