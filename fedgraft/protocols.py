@@ -169,6 +169,12 @@ class Engine(Protocol):
     def write_gradients(self, gradients: Params) -> None:
         """Replace the gradients of these slots; only between backward and the step (``after_backward``)."""
 
+    def own_share(self, items: Sequence[Any]) -> Sequence[Any]:
+        """This rank's share of items that are judged one by one; all of them where every rank must run the same passes."""
+
+    def add_up(self, values: Mapping[str, Weighted]) -> dict[str, Weighted]:
+        """Add up over the ranks what was judged in shares; the same keys in every rank."""
+
     def close(self) -> None:
         """Let go of what the engine holds beside its model; it is not used again."""
 

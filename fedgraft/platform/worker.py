@@ -24,6 +24,7 @@ from fedgraft.data.tokenise import load_tokenizer, pad_token_id
 from fedgraft.errors import GroupViolation, ModelError, ReplicaError, UpdateError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
+from fedgraft.moe.sharding import full_shape, gathered
 from fedgraft.platform.ledger import describe, refuse_private
 from fedgraft.platform.session import ClientSession
 from fedgraft.platform.state_store import ClientStateStore
@@ -117,9 +118,7 @@ class ClientWorker:
         self._lr_scale = {ref.key: scale for ref in self.engine.refs if (scale := self.method.lr_scale(ref)) != 1.0}
         self._persisted = tuple(key for key in self.private if self.method.persists_moments(self._refs[key]))
         self._frozen = {
-            name: parameter.detach()
-            for name, parameter in model.named_parameters()
-            if name not in {ref.name for ref in self.engine.refs}
+            name: parameter for name, parameter in model.named_parameters() if name not in {ref.name for ref in self.engine.refs}
         }
         self._store = ClientStateStore(spec.state_folder)
 
@@ -307,12 +306,23 @@ class ClientWorker:
             *describe(update.statistics, {}, kind="statistics"),
         )
         for tensors in (extras, update.statistics):
-            refuse_private(tensors, session.private, self._frozen)
+            self._refuse_secrets(tensors, session.private)
         diagnostics = dict(update.diagnostics) | session.diagnostics
         if task.hashes_frozen:
             diagnostics["frozen_hash"] = self.engine.frozen_hash()
         update = replace(update, payload=payload, state_version=version, diagnostics=diagnostics)
         return update, delta | {f"extras/{key}": value for key, value in extras.items()}
+
+    def _refuse_secrets(self, tensors: Params, private: Params) -> None:
+        """Refuse extras or statistics that carry private or frozen tensors; sharded ones are gathered where sizes match."""
+        sizes = {tensor.numel() for tensor in tensors.values()}
+        alike = {
+            name: parameter
+            for name, parameter in self._frozen.items()
+            if name in tensors or full_shape(parameter).numel() in sizes
+        }
+        with gathered(alike.values()):
+            refuse_private(tensors, private, {name: parameter.detach() for name, parameter in alike.items()})
 
     def _judge(self, task: EvaluationTask, name: str, client_id: int) -> dict[str, Weighted]:
         model, size = self.engine.model, self.spec.evaluation_batch_size
@@ -321,7 +331,8 @@ class ClientWorker:
         split = self.data.split(client_id, task.split) if name == "client" else self.data.retention
         if split is None:
             return {}
-        found = score_batches(model, eval_batches(split, size, self.pad_token_id))
+        batches = list(eval_batches(split, size, self.pad_token_id))
+        found = self.engine.add_up(score_batches(model, self.engine.own_share(batches)))
         found = {metric: value for metric, value in found.items() if metric in task.metrics}
         if "rouge_l" in task.metrics and name == "client":
             found["rouge_l"] = self._rouge(split)
@@ -329,16 +340,18 @@ class ClientWorker:
 
     def _rouge(self, split: TokenizedSplit) -> Weighted:
         count = len(split) if self.spec.max_generate is None else min(len(split), self.spec.max_generate)
+        asked = self.engine.own_share(range(count))
         answers = decode_greedy(
             self.engine.model,
-            [split.prompt_ids(i).tolist() for i in range(count)],
+            [split.prompt_ids(i).tolist() for i in asked],
             max_new_tokens=self.spec.max_new_tokens,
             eos_token_id=int(self.tokenizer.eos_token_id),
             pad_token_id=self.pad_token_id,
             batch_size=self.spec.evaluation_batch_size,
         )
         texts = [str(self.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
-        return rouge_l(texts, [split.response_text(i) for i in range(count)])
+        found = rouge_l(texts, [split.response_text(i) for i in asked])
+        return self.engine.add_up({"rouge_l": found})["rouge_l"]
 
     def _choices(self, model: torch.nn.Module, batch_size: int) -> dict[str, Weighted]:
         asked = self.data.questions
@@ -350,9 +363,10 @@ class ClientWorker:
                 choices=tuple(tuple(ids.tolist()) for ids in asked.choice_ids(i)),
                 answer=int(asked.answers[i]),
             )
-            for i in range(len(asked))
+            for i in self.engine.own_share(range(len(asked)))
         ]
-        return {"choice_accuracy": score_choices(model, questions, pad_token_id=self.pad_token_id, batch_size=batch_size)}
+        found = {"choice_accuracy": score_choices(model, questions, pad_token_id=self.pad_token_id, batch_size=batch_size)}
+        return self.engine.add_up(found)
 
 
 class _OutOfMemory(Exception):

@@ -71,7 +71,7 @@ class EngineConfig(BaseModel):
         "fail", description="halve: after an out-of-memory error a client trains again with twice as many parts; recorded."
     )
     stage: Literal[0, 1, 2, 3] | None = Field(
-        None, description="ZeRO stage; null: 1 with one rank, 2 with several. 3 also shards the frozen base."
+        None, description="ZeRO stage; null: 1 with one rank, 2 with several, 0 where they share experts. 3 also shards the base."
     )
     offload_optimizer: bool = Field(False, description="Keep optimiser state in CPU memory (ZeRO stage 1 to 3).")
     offload_param: bool = Field(False, description="Keep parameters in CPU memory until they are used (ZeRO stage 3).")
@@ -99,6 +99,11 @@ class EngineConfig(BaseModel):
             )
         if self.expert_parallel_size is not None and self.world_size % self.expert_parallel_size:
             raise ValueError(f"expert_parallel_size {self.expert_parallel_size} does not divide world_size {self.world_size}")
+        if self.expert_parallel_size is not None and self.zero_stage in (1, 2):
+            raise ValueError(
+                f"expert_parallel_size: ZeRO stage {self.zero_stage} refuses shared experts that are not trained; set stage: 0, "
+                "or 3, which shards all other parameters as well"
+            )
         if self.name != "torch":
             self._check_deepspeed()
         return self
@@ -142,11 +147,12 @@ class EngineConfig(BaseModel):
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage: as stated here or in DeepSpeed's keys, else 1 with one rank and 2 with several."""
+        """The ZeRO stage: as stated here or in DeepSpeed's keys; else 1 with one rank, 2 with several, 0 if experts are shared."""
         if self.stage is not None:
             return self.stage
         zero = read_deepspeed(self.deepspeed).get("zero_optimization", {})
-        return zero.get("stage", 1 if self.world_size == 1 else 2)  # type: ignore[no-any-return]
+        alone = 1 if self.world_size == 1 else 2
+        return zero.get("stage", alone if self.expert_parallel_size is None else 0)  # type: ignore[no-any-return]
 
     def resolved(self, *, has_gpu: bool) -> EngineConfig:
         """Decide what ``auto`` means, once, so that it is recorded and the same on every replica.
@@ -240,8 +246,8 @@ def deepspeed_settings(config: EngineConfig, *, batch_size: int, dtype: str, max
         raise ValueError(f"deepspeed.bf16 is {given['bf16']!r}, model.dtype is {dtype}; remove it or make them agree")
     if is_bf16 and config.zero_stage == 0:
         raise ValueError(
-            "stage 0 steps bfloat16 weights without float32 masters, which loses small steps; set engine.stage: 1, or "
-            "model.dtype: float32"
+            "stage 0 steps bfloat16 weights without float32 masters, which loses small steps; set engine.stage: "
+            f"{1 if config.expert_parallel_size is None else 3}, or model.dtype: float32"
         )
     zero = dict(given.get("zero_optimization", {})) | {"stage": config.zero_stage}
     for name, wanted in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_param)):

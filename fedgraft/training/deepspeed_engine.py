@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from fedgraft.training.expert_parallel import finish_settings, refuse_expert_par
 from fedgraft.training.master_weights import MasterWeights
 from fedgraft.training.ranks import Ranks
 from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, to_device
-from fedgraft.types import IGNORE_INDEX, Batch, ParamRef, Params, Slots
+from fedgraft.types import IGNORE_INDEX, Batch, ParamRef, Params, Slots, Weighted
 
 __all__ = ["DeepSpeedEngine", "SlotPolicy", "refuse_slots"]
 
@@ -135,7 +135,7 @@ class DeepSpeedEngine:
         self._masters: MasterWeights | None = None
         self._has_gradients = False
         if section is not None:
-            spread_experts(model)
+            spread_experts(model, section["autoep_size"])
         if self._trained:
             self._initialise()
 
@@ -298,6 +298,21 @@ class DeepSpeedEngine:
         for name in names:
             if self._masters is not None:
                 self._masters.write_gradient(name, full[name])
+
+    def own_share(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Every ``world_size``-th item; all of them where weights or tokens travel between ranks in every pass."""
+        return items if self._is_in_step else items[self._ranks.rank :: self._ranks.world_size]
+
+    def add_up(self, values: Mapping[str, Weighted]) -> dict[str, Weighted]:
+        """Sum over the ranks, in float64."""
+        if self._is_in_step or not values:
+            return dict(values)
+        sums = self._sum_over_ranks(torch.tensor([[each.total, each.weight] for each in values.values()], dtype=torch.float64))
+        return {name: Weighted(total=total, weight=weight) for name, (total, weight) in zip(values, sums.tolist(), strict=True)}
+
+    @property
+    def _is_in_step(self) -> bool:
+        return self._stage == 3 or "expert_parallel" in self._settings
 
     def close(self) -> None:
         """Let go of DeepSpeed's engine; its hooks leave the model."""

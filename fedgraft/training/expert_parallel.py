@@ -74,7 +74,7 @@ def refuse_expert_parallel(config: Any, slots: Slots, *, size: int, stage: int) 
         )
     if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
         raise ModelError(
-            f"{what}: AutoEP's experts of {family.model_type} compute silu, this model's config.json has hidden_act {activation!r}",
+            f"{what}: AutoEP's {family.model_type} experts compute silu, this model's config.json has hidden_act {activation!r}",
             "remove engine.expert_parallel_size",
         )
     if facts.num_experts % size:
@@ -233,9 +233,16 @@ class SpreadExperts(nn.Module):
         )
 
 
-def spread_experts(model: nn.Module) -> None:
-    """Prepare a model with slots for AutoEP, in place: DeepSpeed's set-up then spreads its experts over ranks."""
-    for layer in moe_layers(model):
+def spread_experts(model: nn.Module, size: int) -> None:
+    """Prepare a model with slots for AutoEP, in place: DeepSpeed's set-up then spreads its experts over ``size`` ranks."""
+    layers = moe_layers(model)
+    whole = sum(each.numel() * each.element_size() for layer in layers for each in layer.experts.parameters()) / 1e6
+    _log.warning(
+        "expert parallelism: each rank copies its share of the experts (%.0f MB of %.0f MB) into memory of its own",
+        whole / size,
+        whole,
+    )
+    for layer in layers:
         setattr(layer.block, layer.family.experts, SpreadExperts(layer).train(layer.block.training))
 
 

@@ -6,7 +6,7 @@ Shape letters: B batch, S sequence, T tokens, N label tokens, D model, V vocabul
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fedgraft.moe.families import model_facts
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
 from fedgraft.protocols import Terms, TrainResult, TrainSpec
 from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, to_device
-from fedgraft.types import Batch, ParamRef, Params, Slots
+from fedgraft.types import Batch, ParamRef, Params, Slots, Weighted
 
 __all__ = ["TorchEngine"]
 
@@ -131,6 +131,14 @@ class TorchEngine:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             ref.view(parameter.grad).copy_(value)
+
+    def own_share(self, items: Sequence[Any]) -> Sequence[Any]:
+        """All of them: there is one rank."""
+        return items
+
+    def add_up(self, values: Mapping[str, Weighted]) -> dict[str, Weighted]:
+        """The values themselves."""
+        return dict(values)
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -25,7 +25,7 @@ from fedgraft.training.pretrain import learning_rate_at
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(400),
-    pytest.mark.filterwarnings("ignore:`use_push_based_shuffle` is deprecated"),  # Ray Train reads an option of Ray Data
+    pytest.mark.filterwarnings("ignore:`use_.*` is deprecated"),  # Ray Train reads options of Ray Data
 ]
 
 STEPS = 60

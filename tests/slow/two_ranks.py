@@ -5,8 +5,10 @@ CASES is a pickled list of mappings; each case's results go to ``OUT/<number>-<r
 
 from __future__ import annotations
 
+import gc
 import pickle
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,14 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     config = EngineConfig(name="deepspeed", world_size=ranks.world_size, **case["engine"])
     settings = deepspeed_settings(config, batch_size=4, dtype=case.get("dtype", "float32"), max_grad_norm=spec.max_grad_norm)
     model = open_base(Path(case["base"]), "cpu")
-    engine = DeepSpeedEngine(
-        model, case["slots"], 3, settings=settings, spec=spec, ranks=ranks, policy=lambda ref: SlotPolicy()
-    )
+    whole = [weakref.ref(layer.experts.gate_up_proj) for layer in moe_layers(model)]
+    engine = DeepSpeedEngine(model, case["slots"], 3, settings=settings, spec=spec, ranks=ranks, policy=lambda ref: SlotPolicy())
     found: dict[str, Any] = {"hash": engine.frozen_hash(), "names": [name for name, _ in model.named_parameters()]}
+    gc.collect()
+    found["kept"] = [each() is not None for each in whole]
+    if case.get("rounds otherwise"):
+        for layer in moe_layers(model):
+            layer.experts.spread.register_forward_hook(lambda module, args, output: output + 1e-3 * ranks.rank)
     engine.load(case["start"])
     keys = tuple(ref.key for ref in engine.refs)
     found["start"] = engine.read(keys)
@@ -47,6 +53,8 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             logits(model, batches[ranks.rank])
         except FedgraftError as error:
             found["error"] = str(error)
+        return found
+    if case.get("rounds otherwise"):
         return found
     if case.get("breaks"):
         try:
