@@ -86,7 +86,7 @@ class Pool(Protocol):
         """
 
     def close(self) -> None:
-        """End every replica."""
+        """End every replica; a hosted object with a method ``end`` is asked to leave first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,7 +24,9 @@ class LocalPool:
 
     def host(self, factory: Callable[[], Any]) -> None:
         """Build the hosted object in this process."""
-        self.close()
+        hosted, self._hosted = self._hosted, None
+        if hasattr(hosted, "close"):
+            hosted.close()
         self._hosted = factory()
 
     def call(self, name: str) -> list[Any]:
@@ -48,5 +50,5 @@ class LocalPool:
     def close(self) -> None:
         """Let go of the hosted object."""
         hosted, self._hosted = self._hosted, None
-        if hasattr(hosted, "close"):
-            hosted.close()
+        if hasattr(hosted, "end"):
+            hosted.end()

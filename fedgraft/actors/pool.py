@@ -23,6 +23,8 @@ from fedgraft.errors import ClusterError, FedgraftError, GroupViolation, Replica
 __all__ = ["RayPool"]
 
 _log = logging.getLogger(__name__)
+_END_S = 5.0
+"""Longest wait for replicas to leave in good order; whatever they hold is gone with their processes anyway."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -200,7 +202,9 @@ class RayPool:
             raise LostResult(str(error)) from error
 
     def close(self) -> None:
-        """End every replica's process."""
+        """End every replica's process; one that does not answer at once is not waited for."""
+        ended = [ref for replica in self._replicas for ref in replica.end()]
+        ray.wait(ended, num_returns=len(ended), timeout=_END_S)
         for replica in self._replicas:
             replica.kill()
         self._replicas = []

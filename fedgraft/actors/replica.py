@@ -56,6 +56,12 @@ class Rank:
         self._hosted = factory()
         return os.getpid()
 
+    def end(self) -> None:
+        """Let the hosted object leave in good order, before the process is ended."""
+        hosted, self._hosted = self._hosted, None
+        if hasattr(hosted, "end"):
+            hosted.end()
+
     def call(self, name: str) -> Any:
         """Run a method without arguments."""
         return getattr(self._hosted, name)()
@@ -96,6 +102,10 @@ class Replica:
         """Start a call on an item in every rank; gives the references of their small results, and of the leader's large one."""
         pairs = [actor.run.options(num_returns=2).remote(name, item, shared) for actor in self._actors]
         return [small for small, _ in pairs], pairs[0][1]
+
+    def end(self) -> list[Any]:
+        """Start the end of every rank; gives one reference a rank."""
+        return [actor.end.remote() for actor in self._actors]
 
     def kill(self) -> None:
         """End every process of the replica at once, whatever it is doing."""

@@ -178,7 +178,8 @@ def _suggest(config: RunConfig, model: ModelPlan, slots: Mapping[str, SlotSizes]
             return f"set {words}: then it needs {need.text()}"
         if best is None or need.excess < best[0]:
             best = (need.excess, f"the least is {need.text()}, with {words}")
-    advice = "take a smaller model, model.dtype=bfloat16, a lower data.max_length, or a machine with more memory"
+    narrow = "" if config.model.dtype == "bfloat16" else "model.dtype=bfloat16, "
+    advice = f"take a smaller model, {narrow}a lower data.max_length, or a machine with more memory"
     if best is None:
         return advice
     return f"no number of parts, ZeRO stage, offload or number of ranks makes it fit; {best[1]}; {advice}"

@@ -38,6 +38,7 @@ DEEPSPEED_BYTES = 175 * 2**20
 CONTEXT_BYTES = 600 * 2**20
 """What CUDA takes on a GPU for each process. An assumption: no machine with a GPU was at hand to measure it."""
 
+_HEAP = 1.0  # measured: 0.6 to 1.4 with glibc's allocator, which keeps pieces of freed activations (docs/memory.md)
 _WIDE = torch.float32.itemsize
 _BUCKET, _PREFETCH = 500_000_000, 50_000_000  # DeepSpeed's defaults, in values
 
@@ -52,6 +53,7 @@ class RankMemory:
     - ``graft``: grafts and graft gates; ``gradients``: of the slots;
     - ``optimizer``: moments, and with ZeRO float32 master weights and the gradients of the step;
     - ``activations``: the larger of ``training`` (what a step keeps for its backward pass) and ``evaluation``;
+    - ``heap``: what a CPU process's allocator holds beyond live tensors, as much again as the activations; 0 on a GPU;
     - ``buffers``: DeepSpeed's bucket of gradients, and in ZeRO 3 the layers whose weights are together at a time;
     - ``copies``: start values of all slots, what the server sent, the client's own state; always in the host's memory;
     - ``process``: Python, PyTorch, DeepSpeed; ``context``: CUDA's own on the GPU.
@@ -67,6 +69,7 @@ class RankMemory:
     optimizer: int = 0
     training: int = 0
     evaluation: int = 0
+    heap: int = 0
     buffers: int = 0
     copies: int = 0
     process: int = 0
@@ -100,7 +103,7 @@ class RankMemory:
         return getattr(self, name) if (name in self.on_host) == on_host else 0
 
 
-PARTS = ("weights", "graft", "gradients", "optimizer", "activations", "buffers", "copies", "process", "context")
+PARTS = ("weights", "graft", "gradients", "optimizer", "activations", "heap", "buffers", "copies", "process", "context")
 _ALWAYS_ON_HOST = frozenset({"copies", "process"})
 assert set(PARTS) - {"activations"} < {each.name for each in fields(RankMemory)}
 
@@ -151,14 +154,16 @@ def rank_memory(config: RunConfig, model: ModelPlan, slots: SlotSizes, *, on_gpu
         buffers = gradient  # they are laid side by side to be averaged
     copies = (2 if is_deepspeed else 1) * slots.values + 2 * slots.sent + slots.private + 2 * slots.persisted
     on_host = _ALWAYS_ON_HOST | _offloaded(zero, stage) if on_gpu else frozenset(PARTS)
+    training, evaluation = training_bytes(config, engine, model, slots), evaluation_bytes(config, model, slots)
     return RankMemory(
         shared=shared,
         weights=weights,
         graft=graft,
         gradients=gradient,
         optimizer=optimizer,
-        training=training_bytes(config, engine, model, slots),
-        evaluation=evaluation_bytes(config, model, slots),
+        training=training,
+        evaluation=evaluation,
+        heap=0 if on_gpu else round(_HEAP * max(training, evaluation)),
         buffers=buffers,
         copies=_WIDE * copies,
         process=REPLICA_BYTES + (DEEPSPEED_BYTES if is_deepspeed else 0),
@@ -188,12 +193,13 @@ def training_bytes(config: RunConfig, engine: EngineConfig, model: ModelPlan, sl
 def evaluation_bytes(config: RunConfig, model: ModelPlan, slots: SlotSizes) -> int:
     """Estimate the most that judging a model takes: one layer or the logits of a batch, or decoding's keys and values.
 
-    A batch has ``evaluation.batch_size`` rows of ``data.max_length`` tokens, whatever the number of ranks. Logits are held as
-    they come, those of label positions once more, in float32, and as log-probabilities.
+    A batch has ``evaluation.batch_size`` rows of ``data.max_length`` tokens, whatever the number of ranks. Per value of a row
+    of logits: as they come (s), those of label positions in float32 (4), their sizes (4) and two truth values (2) while they
+    are checked to be finite.
     """
     s, rows, length = model.itemsize, config.evaluation.batch_size, config.data.max_length
     layer = max(_layer_bytes(model, slots, length))
-    logits = model.vocabulary * (2 * s + _WIDE + (_WIDE if s < _WIDE else 0))
+    logits = model.vocabulary * (s + 2 * _WIDE + 2)
     cached = 0
     if config.evaluation.generate != "never":
         cached = rows * (length + config.evaluation.max_new_tokens) * model.facts.num_layers * model.cache_size * s

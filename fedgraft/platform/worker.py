@@ -144,12 +144,16 @@ class ClientWorker:
         return DeepSpeedEngine(model, slots, spec.run_seed, settings=settings, spec=spec.train, ranks=ranks, policy=policy)
 
     def close(self) -> None:
-        """Let go of the engine; the process may host another worker afterwards.
-
-        Several ranks stay connected until their processes end together.
-        """
+        """Let go of the engine; the process may host another worker afterwards, with the same ranks."""
         self.engine.close()
-        if self.spec.engine.name == "deepspeed" and self.spec.engine.world_size == 1:
+
+    def end(self) -> None:
+        """Let go of everything: the process hosts nothing any more.
+
+        A process of one rank may be a user's own, where another run follows; it leaves its group of one when it ends.
+        """
+        self.close()
+        if self.spec.engine.world_size > 1:
             close_ranks()
 
     def initial_params(self) -> Params:

@@ -6,6 +6,7 @@ Whoever starts the processes tells each its place through the variables that PyT
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -51,6 +52,7 @@ def open_ranks(device: Literal["cpu", "cuda"], timeout_s: float) -> Ranks:
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not dist.is_initialized():
+        atexit.register(close_ranks)
         backend, timeout = ("nccl" if device == "cuda" else "gloo"), timedelta(seconds=timeout_s)
         if ranks.world_size == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # type: ignore[attr-defined]
@@ -63,7 +65,10 @@ def open_ranks(device: Literal["cpu", "cuda"], timeout_s: float) -> Ranks:
 
 
 def close_ranks() -> None:
-    """Leave the process group; without it some processes end with an abort."""
+    """Leave the process group, at the end of the process: DeepSpeed remembers the groups of the first one and takes no second.
+
+    It is also done when Python ends; without it some processes end with an abort.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

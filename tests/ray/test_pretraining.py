@@ -93,7 +93,7 @@ def test_two_workers_take_the_steps_of_one_plain_loop(undisturbed: Path) -> None
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8)
-    losses = []
+    losses, norms = [], []
     for step in range(1, 21):
         batch = job.batch(step)
         output = model(input_ids=batch.input_ids, labels=batch.labels, output_router_logits=True)
@@ -102,11 +102,13 @@ def test_two_workers_take_the_steps_of_one_plain_loop(undisturbed: Path) -> None
             group["lr"] = learning_rate_at(step, spec.training)
         optimizer.zero_grad()
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
     print("losses under Ray Train:", record["losses"][:20:5], "of the plain loop:", losses[::5])
     assert record["losses"][:20] == pytest.approx(losses, rel=2e-4)
-    assert len(record["losses"]) == STEPS
+    rows = [json.loads(line) for line in (undisturbed / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["grad_norm"] for row in rows[:20]] == pytest.approx(norms, rel=1e-3)
+    assert len(record["losses"]) == len(rows) == STEPS
     assert record["final_loss"] < 0.7 * record["losses"][0]
 
 

@@ -46,6 +46,9 @@ class _Frozen(BaseModel):
 class PretrainDataConfig(SourceConfig):
     """The texts: a file or folder (.txt, .jsonl, .json, .csv, .parquet, also .gz), a hub data set, or the bundled corpus."""
 
+    path: Path | None = Field(
+        default=None, description="File or folder of .txt, .jsonl, .json, .csv, .parquet, also .gz; or one that datasets saved."
+    )
     text_field: str | None = Field(
         default=None,
         description="Field of a record that is a text; null: 'text' where records have it, else prompt and response in the chat "
@@ -80,7 +83,7 @@ class TokenizerConfig(_Frozen):
         default=512,
         ge=MIN_VOCABULARY,
         le=1_000_000,
-        description="Tokens of the trained one: 256 bytes, special tokens, merges.",
+        description="Tokens of a trained one: 256 bytes, 6 special tokens, merges.",
     )
     path: Path | None = Field(default=None, description="Folder with a Hugging Face tokenizer to take as it is.")
 

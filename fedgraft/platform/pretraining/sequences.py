@@ -207,7 +207,7 @@ def _tokenise(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase)
     encoded = iter(encode_all(tokenizer, examples, _WHOLE))
     for document in documents:
         if isinstance(document, str):
-            pieces = tokenizer(list(_pieces(document)), add_special_tokens=False)["input_ids"]
+            pieces = tokenizer(list(_pieces(document)), add_special_tokens=False, verbose=False)["input_ids"]
             ids = [token for piece in pieces for token in piece]
         else:
             ids = next(encoded).input_ids.tolist()

@@ -15,18 +15,11 @@ from fedgraft.data.corpus import CLIENT_DOMAINS
 from fedgraft.errors import ModelError
 from fedgraft.moe.families import model_facts
 from fedgraft.platform.ledger import describe
+from fedgraft.platform.fitting import Need, num_replicas
 from fedgraft.platform.loading import load_config
-from fedgraft.platform.plan import (
-    MachineFacts,
-    MethodPlan,
-    ModelPlan,
-    Plan,
-    activation_bytes,
-    flops_per_token,
-    make_plan,
-    measure_speed,
-    num_replicas,
-)
+from fedgraft.platform.machine import measure_speed
+from fedgraft.platform.memory import RankMemory
+from fedgraft.platform.plan import MachineFacts, MethodPlan, Plan, flops_per_token, make_plan
 from fedgraft.registry import METHODS
 from fedgraft.training.torch_engine import TorchEngine
 
@@ -165,17 +158,7 @@ def test_where_the_data_decides_totals_are_left_open(folder: Path) -> None:
     assert "as many as the data has labels" in text_of(plan)
 
 
-def test_memory_grows_with_slots_optimiser_and_batch(folder: Path) -> None:
-    memory = method_of(folder, "{name: fedavg}").replica_bytes
-    assert method_of(folder, "{name: fedavg, adapter: {rank: 64}}").replica_bytes > memory
-    assert method_of(folder, "{name: fedavg}", "training.optimizer=sgd").replica_bytes == memory - 2 * 4 * 2 * 4 * 8 * 32
-    assert method_of(folder, "{name: fedavg}", "federation.batch_size=16").replica_bytes > memory
-
-
-def test_activation_estimate() -> None:
-    facts = model_facts(HF)
-    model = ModelPlan(name="", facts=facts, num_parameters=0, active_parameters=0, weight_bytes=0, vocabulary=64)
-    assert activation_bytes(model, 10) == 4 * 10 * (2 * 12 * 16 + 2 * 2 * (4 * 8 + 2 * 16) + 2 * 64)
+def test_flops_of_a_token() -> None:
     assert flops_per_token(10, 1, is_training=True) == 46
     assert flops_per_token(10, 1, is_training=False) == 22
 
@@ -198,7 +181,9 @@ def test_activation_estimate() -> None:
     ],
 )
 def test_replicas_that_fit(overrides: list[str], clients: int | None, machine: MachineFacts, expected: int) -> None:
-    assert num_replicas(load_config(None, overrides), clients, machine, 2**30) == expected
+    rank = RankMemory(process=2**30, on_host=frozenset({"process"}))
+    need = Need(rank=rank, ranks=1, host_limit=machine.memory_bytes, gpu_limit=None)
+    assert num_replicas(load_config(None, overrides), clients, machine, need) == expected
 
 
 def test_speed_is_measured_and_threads_are_left_as_they_were() -> None:

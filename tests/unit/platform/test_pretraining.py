@@ -87,6 +87,25 @@ def test_the_packaged_example_begins_with_its_command_and_survives_writing(tmp_p
     assert packaged.read_text().splitlines()[0] == "# fedgraft pretrain"
 
 
+def test_the_example_begins_with_its_command_and_the_docs_name_every_option_with_its_default() -> None:
+    root = Path(__file__).parents[3]
+    first = (root / "examples" / "pretrain.yaml").read_text().splitlines()[0]
+    assert first == "# fedgraft pretrain examples/pretrain.yaml"
+    assert load_pretrain_config(root / "examples" / "pretrain.yaml").model.family == "olmoe"
+    listed = [
+        line.split(" | ")[:2] for line in (root / "docs" / "pretrain.md").read_text().splitlines() if line.startswith("| `")
+    ]
+    documented = {key.strip("| `"): yaml.safe_load(default.strip("`")) for key, default in listed}
+
+    def defaults(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            found |= defaults(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+        return found
+
+    assert documented == defaults(PretrainConfig().model_dump(mode="json"))
+
+
 def test_relative_paths_are_those_of_the_folder_it_was_started_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("words")
     monkeypatch.chdir(tmp_path)
@@ -98,7 +117,9 @@ def test_relative_paths_are_those_of_the_folder_it_was_started_in(tmp_path: Path
 def test_every_family_can_be_built(family: str, tiny_config: Callable[..., Any]) -> None:
     fields = tiny_config(family).to_diff_dict()
     sizes = {
-        name: value for name, value in fields.items() if name.startswith(("num_", "n_", "hidden_size", "moe_", "intermediate"))
+        name: value
+        for name, value in fields.items()
+        if name.startswith(("num_", "n_", "first_k", "hidden_size", "moe_", "intermediate"))
     }
     built = build_hf_config(PretrainModelConfig(family=family, sizes=sizes), vocab_size=300, eos_token_id=2)
     assert (built.model_type, built.vocab_size, built.eos_token_id, built.pad_token_id) == (family, 300, 2, None)

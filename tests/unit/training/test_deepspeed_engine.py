@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from fedgraft.errors import ModelError, UpdateError
 from fedgraft.protocols import Engine, TrainSpec
 from fedgraft.training.config import EngineConfig, deepspeed_settings
 from fedgraft.training.deepspeed_engine import DeepSpeedEngine, SlotPolicy
-from fedgraft.training.ranks import close_ranks, open_ranks
+from fedgraft.training.ranks import open_ranks
 from fedgraft.training.torch_engine import TorchEngine
 from fedgraft.types import AdapterSpec, Batch, GraftSpec, ParamRef, Params, Slots
 
@@ -34,18 +33,6 @@ PLAIN = TrainSpec(learning_rate=0.02)
 # float32 sums of the same numbers in another order (the clipping norm); AdamW divides by a gradient's size, so where that is
 # near zero its rounding grows. The steps themselves are about 0.05.
 CLOSE = {"atol": 1e-5, "rtol": 2e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ranks() -> Iterator[None]:
-    names = ("LOCAL_RANK", "DS_ACCELERATOR")
-    before = {name: os.environ.get(name) for name in names}
-    open_ranks("cpu", 60.0)
-    yield
-    close_ranks()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
 
 
 @pytest.fixture

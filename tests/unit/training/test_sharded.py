@@ -74,15 +74,15 @@ def padded(step: int) -> Batch:
 
 def plain_loop(
     model: PreTrainedModel, batches: list[Batch], aux_weight: float = 0.0
-) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Transformers' own loss and load-balancing loss, PyTorch's AdamW and clipping: losses, balances, weights."""
+) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor]]:
+    """Transformers' own loss and load-balancing loss, PyTorch's AdamW and clipping: losses, balances, norms, weights."""
     model.train().requires_grad_(True)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": TRAINING.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=TRAINING.betas, eps=1e-8)
-    losses, balances = [], []
+    losses, balances, norms = [], [], []
     for step, batch in enumerate(batches, start=1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, TRAINING)
@@ -97,11 +97,11 @@ def plain_loop(
         assert isinstance(balance, torch.Tensor)
         loss = output.loss - config.router_aux_loss_coef * output.aux_loss  # Transformers has added it already
         (loss + aux_weight * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.max_grad_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.max_grad_norm)))
         optimizer.step()
         losses.append(float(loss.detach()))
         balances.append(float(balance.detach()))
-    return losses, balances, dict(model.named_parameters())
+    return losses, balances, norms, dict(model.named_parameters())
 
 
 def run(training: ShardedTraining, batches: list[Batch], start: int = 0) -> list[StepReport]:
@@ -121,12 +121,12 @@ def test_every_stage_takes_the_steps_of_a_plain_loop(
     stage: int,
 ) -> None:
     batches = [(packed if step % 2 else padded)(step) for step in range(4)]
-    expected, _, expected_weights = plain_loop(tiny_model("qwen2_moe"), batches)
+    expected, _, norms, expected_weights = plain_loop(tiny_model("qwen2_moe"), batches)
     training = make_training(dataclasses.replace(SPEC, zero_stage=stage))
     reports = run(training, batches)
     assert [report.loss for report in reports] == pytest.approx(expected, rel=1e-5)
     assert [report.learning_rate for report in reports] == [learning_rate_at(step, TRAINING) for step in range(1, 5)]
-    assert all(report.grad_norm > 0 for report in reports)
+    assert [report.grad_norm for report in reports] == pytest.approx(norms, rel=1e-4)
     assert reports[0].num_tokens == int(batches[0].attention_mask.sum())
     found = weights(training)
     assert set(found) == set(expected_weights)
@@ -140,12 +140,13 @@ def test_the_load_balancing_loss_is_that_of_transformers_and_is_trained_on(
 ) -> None:
     # Over several layers Transformers mixes their experts' counts; with one layer both are the paper's.
     batches = [padded(step) for step in range(4)]
-    losses, balances, expected = plain_loop(tiny_model("qwen2_moe", num_hidden_layers=1), batches, aux_weight=0.5)
+    losses, balances, norms, expected = plain_loop(tiny_model("qwen2_moe", num_hidden_layers=1), batches, aux_weight=0.5)
     spec = dataclasses.replace(SPEC, training=dataclasses.replace(TRAINING, router_aux_weight=0.5))
     training = make_training(spec, num_hidden_layers=1)
     reports = run(training, batches)
     assert [report.loss for report in reports] == pytest.approx(losses, rel=1e-5)
     assert [report.balance for report in reports] == pytest.approx(balances, rel=1e-5)
+    assert [report.grad_norm for report in reports] == pytest.approx(norms, rel=1e-4)
     router = "model.layers.0.mlp.gate.weight"
     torch.testing.assert_close(weights(training)[router], expected[router].detach(), atol=2e-4, rtol=1e-4)
 
@@ -184,6 +185,7 @@ def test_passes_add_up_to_the_batch(make_training: Callable[..., ShardedTraining
     one = run(make_training(), batches)
     three = run(make_training(dataclasses.replace(SPEC, num_parts=3)), batches)
     assert [report.loss for report in three] == pytest.approx([report.loss for report in one], rel=1e-5)
+    assert [report.grad_norm for report in three] == pytest.approx([report.grad_norm for report in one], rel=1e-4)
 
 
 @pytest.mark.parametrize(
