@@ -80,9 +80,12 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
             )
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
+        bad = _bad_shards(source)
         raise ModelError(
-            f"model {model!r} cannot be loaded: {_first_line(error)}",
-            "a shard may be missing or truncated, or the weights are not safetensors (pickled .bin files are refused)",
+            f"model {model!r} cannot be loaded: {'; '.join(bad) or _first_line(error)}",
+            "fetch these files again"
+            if bad
+            else "a shard may be missing or truncated, or the weights are not safetensors (pickled .bin files are refused)",
         ) from error
     if info["missing_keys"]:
         # transformers fills them with random numbers and goes on
@@ -212,6 +215,28 @@ def _rebuild_meta_buffers(model: nn.Module, config: Any, device: str) -> None:
             parent, _, child = name.rpartition(".")
             rebuilt = type(module)(config=config).to(device)
             setattr(model.get_submodule(parent), child, rebuilt)
+
+
+def _bad_shards(folder: Path) -> list[str]:
+    """Name the weight files of a local folder that are missing or cannot be read, with the reason."""
+    index = folder / "model.safetensors.index.json"
+    names = {path.name for path in folder.glob("*.safetensors")} if folder.is_dir() else set()
+    if index.is_file():
+        try:
+            names |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            return [f"{index.name} is no index of shards ({type(error).__name__})"]
+    found = []
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            found.append(f"{name} is missing")
+            continue
+        try:
+            with safetensors.safe_open(folder / name, framework="pt"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            found.append(f"{name} is truncated or no safetensors file ({_first_line(error)})")
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -255,7 +255,6 @@ class ShardedTraining:
         settings = deepspeed_settings(config, batch_size=spec.batch_size, dtype=spec.dtype, max_grad_norm=clip)
         groups = [group for group in parameter_groups(self.model, spec.training.weight_decay) if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=spec.training.learning_rate, betas=spec.training.betas, eps=1e-8)
-        tables = {name: buffer for name, buffer in self.model.named_buffers() if buffer.is_floating_point()}
         if spec.zero_stage == 3:
             self._let_inputs_require_gradients()
         with _without_compiler_warnings():
@@ -266,10 +265,6 @@ class ShardedTraining:
                 config=settings,
                 dist_init_required=False,
             )
-        for name, table in tables.items():
-            # DeepSpeed rounds buffers to bfloat16 too; rotary frequencies and biases of a router's choice must not be.
-            owner, _, short = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), short, table)
         return engine
 
     def _let_inputs_require_gradients(self) -> None:

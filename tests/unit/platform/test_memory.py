@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from transformers import Qwen2MoeConfig
 
 from fedgraft.errors import ConfigError
+from fedgraft.platform.config import ModelConfig
 from fedgraft.platform.loading import load_config
 from fedgraft.platform.machine import MachineFacts
 from fedgraft.platform.memory import CONTEXT_BYTES, DEEPSPEED_BYTES, REPLICA_BYTES, RankMemory
+from fedgraft.platform.model_sizes import ModelPlan, SlotSizes, size_model, size_slots
 from fedgraft.platform.plan import Plan, make_plan, require_memory
+from fedgraft.protocols import Method
+from fedgraft.types import ModelFacts
 
 # D = 16, A = 16, L = 2 layers, E = 4 experts of F = 8, top 2, shared expert of 8, vocabulary 64.
 HF = Qwen2MoeConfig(
@@ -58,6 +64,30 @@ GRAFT = 2 * (3 * 16 * 8 + 16 + 1)  # two layers: an expert and its gate
 FLEX = "method={name: flex, adapter: {rank: 3}}"
 FEDAVG = "method={name: fedavg, adapter: {rank: 3}}"
 GPU = "executor.gpus_per_replica"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _sized_once() -> Iterator[None]:
+    """A model and a method's slots are built on the meta device once for all tests here; that takes most of the time."""
+    models: dict[Any, ModelPlan] = {}
+    slots: dict[Any, SlotSizes] = {}
+
+    def model_of(model: ModelConfig, hf_config: Any) -> ModelPlan:
+        key = (hf_config.hidden_size, model.dtype)
+        if key not in models:
+            models[key] = size_model(model, hf_config)
+        return models[key]
+
+    def slots_of(method: Method, hf_config: Any, dtype: str, facts: ModelFacts) -> SlotSizes:
+        key = (hf_config.hidden_size, dtype, method.config.model_dump_json())
+        if key not in slots:
+            slots[key] = size_slots(method, hf_config, dtype, facts)
+        return slots[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedgraft.platform.plan.size_model", model_of)
+        patch.setattr("fedgraft.platform.plan.size_slots", slots_of)
+        yield
 
 
 @pytest.fixture
@@ -234,7 +264,7 @@ CASES = [
 def test_a_suggestion_fits_when_it_is_followed(large: Path, gib: int, names: list[str]) -> None:
     machine = replace(NODE, gpu_bytes=gib * GIB)
     # All of a GPU's pages in use by weights alone would be no plan at all, so rows are long enough to matter.
-    options = ("model.dtype=bfloat16", "method={name: flex}", f"{GPU}=1", "data.max_length=256")
+    options = ("model.dtype=bfloat16", FLEX, f"{GPU}=1", "data.max_length=256")
     refusal = plan_of(large, *options, machine=machine).refusal
     assert isinstance(refusal, ConfigError)
     assert refusal.exit_code == 2

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 from fedgraft.data.corpus import CLIENT_DOMAINS
 from fedgraft.errors import ModelError
 from fedgraft.moe.families import model_facts
-from fedgraft.platform.ledger import describe
 from fedgraft.platform.fitting import Need, num_replicas
+from fedgraft.platform.ledger import describe
 from fedgraft.platform.loading import load_config
 from fedgraft.platform.machine import measure_speed
 from fedgraft.platform.memory import RankMemory
