@@ -147,7 +147,7 @@ class EngineConfig(BaseModel):
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage: as stated here or in DeepSpeed's keys; else 1 with one rank, 2 with several, 0 if they share experts."""
+        """The ZeRO stage as stated here or in DeepSpeed's keys; else 1 with one rank, 2 with several, 0 if they share experts."""
         if self.stage is not None:
             return self.stage
         zero = read_deepspeed(self.deepspeed).get("zero_optimization", {})

@@ -194,10 +194,11 @@ def test_rows_are_the_documents_one_after_another_each_with_its_end(byte_tokeniz
     documents = [letter * 5 for letter in "abcdefgh"]
     found = pack(documents, byte_tokenizer, length=7, held_out_fraction=0.3, seed=0)
     text = byte_tokenizer.decode(found.rows.reshape(-1).tolist())
-    pieces = text.split("<|end|>")
-    assert sorted(pieces[:-1]) == documents[: len(pieces) - 1] or set(pieces[:-1]) <= set(documents)
-    assert len(pieces[:-1]) == len(set(pieces[:-1])) == 48 // 7 * 7 // 6
-    assert pieces[:-1] != documents[: len(pieces) - 1], "the order is the seed's"
+    *pieces, rest = text.split("<|end|>")
+    assert rest == ""
+    assert len(pieces) == len(set(pieces)) == 7, "6 rows of 7 tokens are 7 documents of 5 letters and an end each"
+    assert set(pieces) < set(documents)
+    assert pieces != documents[:7], "the order is the seed's"
     assert (found.rows.shape, found.num_train) == ((6, 7), 4)
     assert np.array_equal(pack(documents, byte_tokenizer, length=7, held_out_fraction=0.3, seed=0).rows, found.rows)
     assert pack(documents, byte_tokenizer, length=7, held_out_fraction=0.0, seed=0).num_train == 6

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from fedgraft.protocols import TrainSpec
 from fedgraft.training.config import EngineConfig, deepspeed_settings
 from fedgraft.training.deepspeed_engine import DeepSpeedEngine, SlotPolicy
 from fedgraft.training.expert_parallel import PRESETS, finish_settings, refuse_expert_parallel, spread_experts, spread_tensors
-from fedgraft.training.ranks import close_ranks, open_ranks
+from fedgraft.training.ranks import open_ranks
 from fedgraft.training.torch_engine import TorchEngine
 from fedgraft.types import AdapterSpec, Batch, GraftSpec, Slots
 
@@ -29,18 +28,6 @@ pytestmark = [
 LORA = Slots(adapters=(AdapterSpec(name="shared", rank=2, alpha=4.0),))
 FLEX = Slots(adapters=LORA.adapters, graft=GraftSpec(num_grafts=1, layers=(0, 1), num_neurons=24, gate_bias=0.0))
 ON_EXPERTS = Slots(adapters=(AdapterSpec(name="shared", rank=2, alpha=4.0, targets=("attention", "experts")),))
-
-
-@pytest.fixture(scope="module")
-def _ranks() -> Iterator[None]:
-    names = ("LOCAL_RANK", "DS_ACCELERATOR")
-    before = {name: os.environ.get(name) for name in names}
-    open_ranks("cpu", 60.0)
-    yield
-    close_ranks()
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +116,6 @@ def test_rows_that_grouped_products_cannot_take_go_expert_by_expert(
     assert settings == {"bf16": 1, "expert_parallel": {"autoep_size": 2}}  # a second set-up starts from them
 
 
-@pytest.mark.usefixtures("_ranks")
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_autoep_on_one_rank_trains_as_the_reference_does(
     family: str, tiny_model: Callable[..., PreTrainedModel], random_batch: Callable[..., Batch], tiny_config: Callable[..., Any]
