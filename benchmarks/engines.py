@@ -3,9 +3,9 @@
     python benchmarks/engines.py                     # the bundled model's shape, random weights
     python benchmarks/engines.py --model FOLDER --steps 10
 
-Each row is a replica of its own (processes without Ray): it hosts client A, then B, then A again, each for some local steps of FLEx
-(LoRA on attention, one grafted expert a layer). One JSON line: seconds to build, milliseconds to host a client and for a step
-(medians), whether A came out with the same bits both times, and how far its weights are from those of the torch engine.
+Each row is a replica of its own (processes without Ray): it hosts client A, then B, then A again, each for some local steps of
+FLEx (LoRA on attention, one grafted expert a layer). One JSON line: seconds to build, milliseconds to host a client and for a
+step (medians), whether A came out with the same bits both times, and how far its weights are from those of the torch engine.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def run_rank(row: dict[str, Any], options: argparse.Namespace) -> None:
     else:
         settings = deepspeed_settings(config, batch_size=options.batch, dtype=dtype, max_grad_norm=1.0)
         ranks = open_ranks("cpu", 300.0)
-        engine = DeepSpeedEngine(model, slots, 0, settings=settings, spec=spec, ranks=ranks, policy=lambda ref: SlotPolicy())
+        engine = DeepSpeedEngine(
+            model, slots, 0, settings=settings, spec=spec, ranks=ranks, device="cpu", policy=lambda ref: SlotPolicy()
+        )
     built = time.perf_counter() - started
     keys = tuple(ref.key for ref in engine.refs)
     hosting: list[float] = []

@@ -181,6 +181,7 @@ def _engine(spec: Spec, model: Any, slots: Any, method: Method, ranks: Any) -> E
         settings=settings,
         spec=spec.train,
         ranks=ranks,
+        device="cpu",
         policy=lambda ref: SlotPolicy(is_trained=method.group(ref) != FROZEN, lr_scale=method.lr_scale(ref)),
     )
 

@@ -84,7 +84,9 @@ def run(
         if resume is None:
             config = fedgraft.load_config(source, overrides)
             if dry_run:
-                _show(fedgraft.make_plan(config), output)
+                plan = fedgraft.make_plan(config)
+                _show(plan, output)
+                plan.require_fit()
                 return
         else:
             config = None

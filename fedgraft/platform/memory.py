@@ -16,7 +16,7 @@ import torch
 
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.model_sizes import ModelPlan, SlotSizes
-from fedgraft.training.config import EngineConfig, deepspeed_settings
+from fedgraft.training.config import REDUCE_BUCKET_SIZE, EngineConfig, deepspeed_settings
 
 __all__ = [
     "CONTEXT_BYTES",
@@ -40,7 +40,7 @@ CONTEXT_BYTES = 600 * 2**20
 
 _HEAP = 1.0  # measured: 0.6 to 1.4 with glibc's allocator, which keeps pieces of freed activations (docs/memory.md)
 _WIDE = torch.float32.itemsize
-_BUCKET, _PREFETCH = 500_000_000, 50_000_000  # DeepSpeed's defaults, in values
+_PREFETCH = 50_000_000  # DeepSpeed's default, in values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +234,7 @@ def _buffer_bytes(zero: dict[str, Any], model: ModelPlan, slots: SlotSizes, *, s
 
     On a GPU the bucket is taken at its full size; on a CPU memory counts only once it is written.
     """
-    bucket = int(zero.get("reduce_bucket_size", _BUCKET))
+    bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
     is_double = zero.get("overlap_comm") if zero.get("overlap_comm") is not None else stage == 3
     values = bucket * (2 if is_double and stage < 3 else 1) if on_gpu else min(bucket, slots.trained)
     whole = 0

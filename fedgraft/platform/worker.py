@@ -124,7 +124,9 @@ class ClientWorker:
 
     def _build_engine(self) -> Engine:
         spec, method = self.spec, self.method
-        model = open_base(spec.base_folder, self.device)
+        # ZeRO 3 takes each rank's share to its device; the whole model may not fit there.
+        is_sharded = spec.engine.name == "deepspeed" and spec.engine.zero_stage == 3
+        model = open_base(spec.base_folder, "cpu" if is_sharded else self.device)
         slots = method.slots(model_facts(model.config))
         if spec.engine.name == "torch":
             return TorchEngine(model, slots, spec.run_seed)
@@ -141,7 +143,9 @@ class ClientWorker:
             spec.engine, batch_size=spec.batch_size, dtype=spec.dtype, max_grad_norm=spec.train.max_grad_norm
         )
         ranks = open_ranks(self.device, spec.timeout_s)
-        return DeepSpeedEngine(model, slots, spec.run_seed, settings=settings, spec=spec.train, ranks=ranks, policy=policy)
+        return DeepSpeedEngine(
+            model, slots, spec.run_seed, settings=settings, spec=spec.train, ranks=ranks, device=self.device, policy=policy
+        )
 
     def close(self) -> None:
         """Let go of the engine; the process may host another worker afterwards, with the same ranks."""

@@ -16,7 +16,10 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["EngineConfig", "deepspeed_settings"]
+__all__ = ["REDUCE_BUCKET_SIZE", "EngineConfig", "deepspeed_settings"]
+
+REDUCE_BUCKET_SIZE = 20_000_000
+"""Values of gradients that DeepSpeed sums at a time, unless its own key says otherwise."""
 
 _REFUSED = {
     "optimizer": "fedgraft makes the optimiser from training.optimizer, training.learning_rate and training.weight_decay",
@@ -155,15 +158,18 @@ class EngineConfig(BaseModel):
         return zero.get("stage", alone if self.expert_parallel_size is None else 0)  # type: ignore[no-any-return]
 
     def resolved(self, *, has_gpu: bool) -> EngineConfig:
-        """Decide what ``auto`` means, once, so that it is recorded and the same on every replica.
+        """Decide what ``auto`` means, for the name and the device, once: it is recorded and the same on every replica.
 
         Args:
             has_gpu: Whether a replica gets a GPU.
         """
-        if self.name != "auto":
-            return self
-        is_deepspeed = has_gpu or self.world_size > 1 or bool(self._stated_for_deepspeed())
-        return self.model_copy(update={"name": "deepspeed" if is_deepspeed else "torch"})
+        found: dict[str, Any] = {}
+        if self.name == "auto":
+            is_deepspeed = has_gpu or self.world_size > 1 or bool(self._stated_for_deepspeed())
+            found["name"] = "deepspeed" if is_deepspeed else "torch"
+        if self.device == "auto":
+            found["device"] = "cuda" if has_gpu else "cpu"
+        return self.model_copy(update=found) if found else self
 
 
 def _check_zero(zero: Mapping[str, Any]) -> None:
@@ -250,6 +256,8 @@ def deepspeed_settings(config: EngineConfig, *, batch_size: int, dtype: str, max
             f"{1 if config.expert_parallel_size is None else 3}, or model.dtype: float32"
         )
     zero = dict(given.get("zero_optimization", {})) | {"stage": config.zero_stage}
+    # DeepSpeed's own default, 500 M values, takes 2 GB of a GPU; what is trained here is rarely larger than this.
+    zero.setdefault("reduce_bucket_size", REDUCE_BUCKET_SIZE)
     for name, wanted in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_param)):
         if wanted:
             zero[name] = {"device": "cpu", "pin_memory": False} | dict(zero.get(name) or {})

@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import distributed as dist
@@ -74,12 +74,14 @@ class DeepSpeedEngine:
     """A model with slots, sharded over this replica's ranks; see ``fedgraft.protocols.Engine`` for what it promises.
 
     Args:
-        model: A frozen HF causal LM on this rank's device; it gains the slots. The same in every rank.
+        model: A frozen HF causal LM; it gains the slots. The same in every rank; on the CPU in stage 3, where each rank moves its
+            share alone to its device, else on this rank's device.
         slots: What the method needs.
         run_seed: Start values of the slots depend on it, and on nothing else.
         settings: DeepSpeed's, as ``fedgraft.training.config.deepspeed_settings`` gives them.
         spec: The optimiser; its learning rate is replaced by that of each training.
         ranks: This process's place; its process group is open.
+        device: Of this rank.
         policy: What becomes of each slot; decides DeepSpeed's parameter groups.
     """
 
@@ -92,6 +94,7 @@ class DeepSpeedEngine:
         settings: dict[str, Any],
         spec: TrainSpec,
         ranks: Ranks,
+        device: Literal["cpu", "cuda"],
         policy: Callable[[ParamRef], SlotPolicy],
     ) -> None:
         stage = int(settings["zero_optimization"]["stage"])
@@ -100,7 +103,7 @@ class DeepSpeedEngine:
             refuse_expert_parallel(model.config, slots, size=section["autoep_size"], stage=stage)
         self.model = model
         self.facts = model_facts(model.config)
-        self.device = next(model.parameters()).device
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
         self.is_leader = ranks.is_leader
         self.refs: tuple[ParamRef, ...] = add_slots(model, slots)
         self.initial: Params = initial_params(model, self.refs, run_seed)
@@ -125,6 +128,7 @@ class DeepSpeedEngine:
         if self._stage == 3:
             size = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters.values())
             self._let_inputs_require_gradients()
+            self._shard_weights()
             _log.warning(
                 "ZeRO stage 3: each rank copies its share of the model (%.0f MB of %.0f MB) into private memory; replicas of a "
                 "node no longer share the base. Stages 0 to 2 do.",
@@ -349,6 +353,16 @@ class DeepSpeedEngine:
             self._parameters.pop(name, None)  # the whole experts; this rank's part took their place
         names = [group.names for group in self._groups]
         self._masters = MasterWeights(self._engine, self._parameters, names, self._stage, is_leader=self.is_leader)
+
+    def _shard_weights(self) -> None:
+        """Cut every parameter into shares before DeepSpeed's engine would move the whole model to the device."""
+        from deepspeed.runtime.zero import Init
+
+        dtype = torch.bfloat16 if self._is_narrow else torch.float32
+        Init(module=self.model, config_dict_or_path=self._settings, dtype=dtype)
+        for name, buffer in self.model.named_buffers():
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, buffer.to(self.device))
 
     def _let_inputs_require_gradients(self) -> None:
         """Give every module an input that asks for a gradient.

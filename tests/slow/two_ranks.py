@@ -37,7 +37,9 @@ def run(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     settings = deepspeed_settings(config, batch_size=4, dtype=case.get("dtype", "float32"), max_grad_norm=spec.max_grad_norm)
     model = open_base(Path(case["base"]), "cpu")
     whole = [weakref.ref(layer.experts.gate_up_proj) for layer in moe_layers(model)]
-    engine = DeepSpeedEngine(model, case["slots"], 3, settings=settings, spec=spec, ranks=ranks, policy=lambda ref: SlotPolicy())
+    engine = DeepSpeedEngine(
+        model, case["slots"], 3, settings=settings, spec=spec, ranks=ranks, device="cpu", policy=lambda ref: SlotPolicy()
+    )
     found: dict[str, Any] = {"hash": engine.frozen_hash(), "names": [name for name, _ in model.named_parameters()]}
     gc.collect()
     found["kept"] = [each() is not None for each in whole]

@@ -53,7 +53,9 @@ def make_engine(tiny_model: Callable[..., PreTrainedModel]) -> Iterator[Callable
         config = EngineConfig(name="deepspeed", stage=stage, deepspeed={"zero_optimization": zero}, **options)
         settings = deepspeed_settings(config, batch_size=3, dtype=dtype, max_grad_norm=spec.max_grad_norm)
         model = tiny_model("qwen2_moe").to(getattr(torch, dtype))
-        engine = DeepSpeedEngine(model, slots, 3, settings=settings, spec=spec, ranks=open_ranks("cpu", 60.0), policy=policy)
+        engine = DeepSpeedEngine(
+            model, slots, 3, settings=settings, spec=spec, ranks=open_ranks("cpu", 60.0), device="cpu", policy=policy
+        )
         made.append(engine)
         engine.load(engine.initial)
         return engine

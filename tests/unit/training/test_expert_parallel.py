@@ -130,6 +130,7 @@ def test_autoep_on_one_rank_trains_as_the_reference_does(
         settings=settings | {"expert_parallel": {"autoep_size": 1}},
         spec=spec,
         ranks=open_ranks("cpu", 60.0),
+        device="cpu",
         policy=lambda ref: SlotPolicy(),
     )
     plain = TorchEngine(tiny_model(family), slots, 3)
