@@ -171,6 +171,11 @@ class ModelFacts:
         biases = 2 * self.expert_size + self.hidden_size if self.has_expert_bias else 0
         return 3 * self.hidden_size * self.expert_size + biases
 
+    @property
+    def num_routed_values(self) -> int:
+        """Values of all routed experts of the model."""
+        return len(self.layers) * self.num_experts * self.expert_elements
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSpec:

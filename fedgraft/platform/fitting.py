@@ -159,7 +159,7 @@ def _path_of(config: RunConfig, label: str, need: Need) -> str:
     by_key = {
         "federation.batch_size": rank.training if rank.training >= rank.evaluation else 0,
         "evaluation.batch_size": rank.evaluation if rank.evaluation > rank.training else 0,
-        "model": max(rank.shared, rank.weights, rank.loading),
+        "model": max(rank.shared, rank.weights),
         "method" if config.compare is None else f"compare.methods.{label}": rank.optimizer + rank.gradients + rank.graft,
     }
     return max(by_key, key=lambda key: by_key[key])

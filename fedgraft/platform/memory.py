@@ -59,7 +59,6 @@ class RankMemory:
     - ``process``: Python, PyTorch, DeepSpeed; ``context``: CUDA's own on the GPU.
 
     ``on_host`` names what lies in the host's memory although there is a GPU; without one all does, and it names everything.
-    ``loading`` is what a GPU holds while the base is read: ZeRO 3 shards it only then.
     """
 
     shared: int = 0
@@ -75,7 +74,6 @@ class RankMemory:
     process: int = 0
     context: int = 0
     on_host: frozenset[str] = frozenset()
-    loading: int = 0
 
     @property
     def activations(self) -> int:
@@ -95,8 +93,7 @@ class RankMemory:
     @property
     def device(self) -> int:
         """The most that lies on the GPU at a time, 0 without one."""
-        resident = self.private - self.host
-        return max(resident, self.loading + self.context) if resident else 0
+        return self.private - self.host
 
     def part(self, name: str, *, on_host: bool) -> int:
         """Bytes of a component in one of the two places."""
@@ -136,15 +133,16 @@ def rank_memory(config: RunConfig, model: ModelPlan, slots: SlotSizes, *, on_gpu
     weights = live * slots.lora + s * slots.full
     graft = live * slots.graft
     optimizer = moments * gradient
-    buffers = shared = loading = 0
+    buffers = shared = 0
     if stage == 3:
         weights = _share(model.weight_bytes - s * slots.full + weights, ranks)
         graft = _share(graft, ranks)
-        loading = model.weight_bytes if on_gpu else 0
     elif on_gpu:
         weights += model.weight_bytes - s * slots.full  # a part trained in full replaces the base's
     else:
         shared = model.weight_bytes
+        if engine.expert_parallel_size is not None:
+            weights += _share(s * model.facts.num_routed_values, engine.expert_parallel_size)  # copied out of the shared base
     if stage >= 1:
         optimizer = _share((2 + moments) * _WIDE * slots.trained, ranks)
         buffers = _buffer_bytes(zero, model, slots, stage=stage, ranks=ranks, on_gpu=on_gpu)
@@ -169,7 +167,6 @@ def rank_memory(config: RunConfig, model: ModelPlan, slots: SlotSizes, *, on_gpu
         process=REPLICA_BYTES + (DEEPSPEED_BYTES if is_deepspeed else 0),
         context=CONTEXT_BYTES if on_gpu else 0,
         on_host=frozenset(on_host),
-        loading=loading,
     )
 
 

@@ -108,7 +108,7 @@ def size_model(model: ModelConfig, hf_config: Any) -> ModelPlan:
     built = _on_meta(hf_config, model.dtype)
     parameters = list(built.parameters())
     total = sum(parameter.numel() for parameter in parameters)
-    routed = len(facts.layers) * facts.num_experts * 3 * facts.hidden_size * facts.expert_size
+    routed = facts.num_routed_values
     vocabulary = int(hf_config.vocab_size)
     table = vocabulary * facts.hidden_size
     looked_up = 0 if hf_config.tie_word_embeddings else table
@@ -159,7 +159,7 @@ def size_slots(method: Method, hf_config: Any, dtype: str, facts: ModelFacts) ->
         groups=tuple(
             SlotCount(group=name, num_values=by_group[name], num_bytes=by_group[name] * wide) for name in sorted(by_group)
         ),
-        merged=len(facts.layers) * facts.num_experts * 3 * facts.hidden_size * facts.expert_size if has_merged else 0,
+        merged=facts.num_routed_values if has_merged else 0,
         active=round(active),
         **count,
     )

@@ -30,6 +30,8 @@ from fedgraft.platform.model_sizes import ModelPlan, SlotCount, SlotSizes, read_
 from fedgraft.platform.progress import bytes_text
 from fedgraft.protocols import Method
 from fedgraft.registry import METHODS
+from fedgraft.training.deepspeed_engine import refuse_slots
+from fedgraft.training.expert_parallel import refuse_expert_parallel
 from fedgraft.types import ModelFacts
 
 __all__ = [
@@ -202,7 +204,8 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
         machine: What to plan for; ``None``: this machine, with a speed measured in about 0.2 s.
 
     Raises:
-        ModelError: The model's configuration cannot be read, or it is of an unknown family.
+        ModelError: The model's configuration cannot be read, it is of an unknown family, or the engine cannot do what is asked
+            with it.
     """
     hf_config = read_hf_config(config.model)
     model = size_model(config.model, hf_config)
@@ -214,6 +217,8 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
     evaluated = _evaluated_examples(config.data, num_clients)
     found = machine or _measured_machine(config, model.facts)
     built = {label: METHODS.build(method) for label, method in config.methods().items()}
+    for method in built.values():
+        _refuse(config, method, hf_config, model.facts)
     slots = {label: size_slots(method, hf_config, config.model.dtype, model.facts) for label, method in built.items()}
     plans = tuple(
         _method_plan(config, label, method, slots[label], model, found, num_clients, tokens, evaluated)
@@ -262,6 +267,17 @@ def flops_per_token(active: int, trained: int, *, is_training: bool) -> int:
     2 forward, 2 backward and 2 for its own gradient. ``trained`` counts the values that a token passes through.
     """
     return 4 * active + 6 * trained if is_training else 2 * (active + trained)
+
+
+def _refuse(config: RunConfig, method: Method, hf_config: Any, facts: ModelFacts) -> None:
+    """Refuse what the engine cannot do with this model and method, before anything is made."""
+    engine = config.resolved_engine()
+    if engine.name != "deepspeed":
+        return
+    slots = method.slots(facts)
+    refuse_slots(slots, engine.zero_stage)
+    if engine.expert_parallel_size is not None:
+        refuse_expert_parallel(hf_config, slots, size=engine.expert_parallel_size, stage=engine.zero_stage)
 
 
 def _measured_machine(config: RunConfig, facts: ModelFacts) -> MachineFacts:

@@ -54,7 +54,7 @@ def refuse_slots(slots: Slots, stage: int) -> None:
     if stage == 3 and slots.graft is not None and slots.graft.mode == "row":
         raise ModelError(
             "a graft of mode row reads the router's weights outside of the router, which ZeRO stage 3 cannot shard",
-            "set engine.stage to 0, 1 or 2, or method.graft_mode to additive or convex",
+            "set engine.stage to 0, 1 or 2, or method.mode to additive or convex",
         )
 
 

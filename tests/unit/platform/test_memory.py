@@ -193,11 +193,11 @@ def test_on_a_gpu_the_base_is_a_replicas_own(folder: Path) -> None:
     assert found.device == CONTEXT_BYTES + sum(getattr(found, name) for name in parts)
 
 
-def test_the_base_is_read_whole_before_it_is_sharded(large: Path) -> None:
+def test_a_base_larger_than_a_gpu_is_sharded_on_its_way_there(large: Path) -> None:
     options = (FLEX, "model.dtype=bfloat16", "federation.batch_size=8", "data.max_length=16", "evaluation.batch_size=1")
     found = rank_of(large, *options, "engine={stage: 3, world_size: 8}", f"{GPU}=8", machine=NODE)
-    assert found.private - found.host < found.device == found.loading + CONTEXT_BYTES
-    assert found.loading == 2 * 14_315_784_192
+    whole = 2 * 14_315_784_192
+    assert whole / 8 < found.device < whole
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -355,3 +355,11 @@ def test_the_picture_has_every_part_and_stays_narrow(large: Path) -> None:
     assert "heap" in on_cpu
     assert "26.7 GiB shared + 1 replica x" in on_cpu
     assert "not known" in text_of(plan_of(large, *options, f"{GPU}=1", machine=MACHINE))
+
+
+def test_experts_that_ranks_share_are_copies_of_their_own(folder: Path) -> None:
+    alone = rank_of(folder, FLEX, "engine={stage: 0, world_size: 2}", machine=NODE)
+    shared = rank_of(folder, FLEX, "engine={stage: 0, world_size: 2, expert_parallel_size: 2}", machine=NODE)
+    config = json.loads((folder / "config.json").read_text())
+    experts = config["num_hidden_layers"] * config["num_experts"] * 3 * config["hidden_size"] * config["moe_intermediate_size"]
+    assert shared.weights - alone.weights == 4 * experts // 2

@@ -240,3 +240,12 @@ def test_this_machine_is_measured_where_none_is_given(folder: Path, monkeypatch:
     assert machine.speed == 5.0
     assert machine.cores >= 1
     assert machine.memory_bytes > 0
+
+
+def test_what_the_engine_cannot_do_is_refused_before_anything_is_made() -> None:
+    bundled = "engine={name: deepspeed, world_size: 3, expert_parallel_size: 3}"
+    with pytest.raises(ModelError, match="engine.expert_parallel_size 3 does not divide the 8 experts"):
+        make_plan(load_config(None, [bundled]))
+    row = ["engine={stage: 3}", "compare=null", "rate_search=null", "method={name: flex, mode: row}"]
+    with pytest.raises(ModelError, match="a graft of mode row"):
+        make_plan(load_config(None, row))
