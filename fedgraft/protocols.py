@@ -249,6 +249,7 @@ class Method(ABC):
     Class attributes describe it for ``fedgraft methods``: ``name``, ``title``, ``paper`` (authors, year, identifier),
     ``summary`` (one line), ``reconstructed`` (what is ours where the source is silent; empty if nothing is).
     ``uses_batch_statistics`` says that a loss term is no mean over tokens, so that a batch must not be cut into parts.
+    ``is_centralised`` says that its slots are trained on all clients' pooled examples before anything is judged.
     """
 
     name: ClassVar[str]
@@ -257,6 +258,7 @@ class Method(ABC):
     summary: ClassVar[str]
     reconstructed: ClassVar[str] = ""
     uses_batch_statistics: ClassVar[bool] = False
+    is_centralised: ClassVar[bool] = False
     config_class: ClassVar[type[MethodConfig]]
 
     def __init__(self, config: MethodConfig) -> None:

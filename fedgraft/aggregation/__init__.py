@@ -1,5 +1,5 @@
 """The methods: one paper, one file. Importing this package registers them all."""
 
-from fedgraft.aggregation import base, fedavg, flex, local_only, private_lora
+from fedgraft.aggregation import base, centralised, fedavg, flex, local_only, private_lora
 
-__all__ = ["base", "fedavg", "flex", "local_only", "private_lora"]
+__all__ = ["base", "centralised", "fedavg", "flex", "local_only", "private_lora"]

@@ -7,7 +7,7 @@ client's number of training examples. With LoRA on attention this is what federa
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,15 +15,14 @@ from fedgraft.protocols import AdapterConfig, Method, MethodConfig
 from fedgraft.registry import METHODS
 from fedgraft.types import ModelFacts, Slots
 
-__all__ = ["FedAvg", "FedAvgConfig", "Part"]
+__all__ = ["FedAvg", "FedAvgConfig", "Part", "PartsConfig"]
 
 Part = Literal["attention", "router", "experts"]
 
 
-class FedAvgConfig(MethodConfig):
-    """Options of FedAvg."""
+class PartsConfig(MethodConfig):
+    """Which parts of a model are trained, and how."""
 
-    name: Literal["fedavg"] = "fedavg"
     adapter: AdapterConfig = Field(AdapterConfig(), description="LoRA of the parts in lora.")
     lora: tuple[Part, ...] = Field(("attention",), description="Parts trained and averaged as LoRA.")
     full: tuple[Part, ...] = Field((), description="Parts whose own weights are trained and averaged.")
@@ -40,6 +39,12 @@ class FedAvgConfig(MethodConfig):
         return self
 
 
+class FedAvgConfig(PartsConfig):
+    """Options of FedAvg."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
 @METHODS.add
 class FedAvg(Method):
     """Every slot is shared, or assigned to its expert; the server adds the mean delta."""
@@ -48,8 +53,8 @@ class FedAvg(Method):
     title = "FedAvg"
     paper = "McMahan et al. 2017, arXiv 1602.05629"
     summary = "average what all clients trained: LoRA on attention, or also on router and experts, or full weights"
-    config_class = FedAvgConfig
-    config: FedAvgConfig
+    config_class: ClassVar[type[MethodConfig]] = FedAvgConfig
+    config: PartsConfig
 
     def slots(self, facts: ModelFacts) -> Slots:
         """One LoRA over the parts in ``lora``; the parts in ``full`` themselves."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import pad
 
 from fedgraft.data.prepared import TokenizedSplit
-from fedgraft.types import Batch
+from fedgraft.types import IGNORE_INDEX, Batch
 
-__all__ = ["eval_batches", "train_batches", "train_order"]
+__all__ = ["eval_batches", "pooled_batch", "train_batches", "train_order"]
 
 
 def train_order(num_examples: int, num_steps: int, batch_size: int, seed: int) -> NDArray[np.int64]:
@@ -37,6 +39,27 @@ def train_batches(split: TokenizedSplit, num_steps: int, batch_size: int, seed: 
     """Yield one batch a step, in the order of ``train_order``; a pure function of its arguments."""
     for indices in train_order(len(split), num_steps, batch_size, seed):
         yield split.batch(indices, pad_token_id)
+
+
+def pooled_batch(splits: Sequence[TokenizedSplit], indices: Sequence[int] | NDArray[np.int64], pad_token_id: int) -> Batch:
+    """Put examples of several splits into one batch, in this order; they are numbered through all splits, one after another."""
+    ends = np.cumsum([len(split) for split in splits])
+    rows = []
+    for index in indices:
+        place = int(np.searchsorted(ends, index, side="right"))
+        start = int(ends[place - 1]) if place else 0
+        rows.append(splits[place].batch([int(index) - start], pad_token_id))
+    width = max(row.input_ids.shape[1] for row in rows)
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        found = [getattr(row, name) for row in rows]
+        return torch.cat([pad(each, (0, width - each.shape[1]), value=value) for each in found])
+
+    return Batch(
+        input_ids=padded("input_ids", pad_token_id),
+        attention_mask=padded("attention_mask", 0),
+        labels=padded("labels", IGNORE_INDEX),
+    )
 
 
 def eval_batches(split: TokenizedSplit, batch_size: int, pad_token_id: int, max_examples: int | None = None) -> Iterator[Batch]:

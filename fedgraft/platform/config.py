@@ -254,6 +254,8 @@ class RunConfig(_Frozen):
     @model_validator(mode="after")
     def _optimizer_has_moments(self) -> Self:
         for label, method in self.methods().items():
+            if self.training.optimizer == "sgd" and METHODS.get(method.name).is_centralised:
+                raise ValueError(f"{label} trains with adamw only; set training.optimizer: adamw")
             if self.training.optimizer == "sgd" and getattr(method, "persist_optimizer", False):
                 raise ValueError(f"persist_optimizer of {label} has no effect with training.optimizer: sgd")
         return self

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 
 from fedgraft.actors.hosting import Finished, LostResult, Pool
 from fedgraft.aggregation.reduce import TreeSum, leaf
@@ -40,7 +41,8 @@ EXTRA = "extras/"
 class RunJob:
     """One run of one method: what the loop needs beside a pool.
 
-    ``purpose`` ``search`` judges on the validation split only and decodes nothing.
+    ``purpose`` ``search`` judges on the validation split only and decodes nothing. ``start`` is a safetensors file of slot values
+    that the server begins with (``None``: the start values of the slots).
     """
 
     label: str
@@ -53,6 +55,7 @@ class RunJob:
     federation: FederationConfig
     evaluation: EvaluationConfig
     checkpoint_every: int
+    start: Path | None = None
 
 
 class RoundLoop:
@@ -120,9 +123,9 @@ class RoundLoop:
                 f"{job.label} was begun on another base model (hash {known[:12]}, now {frozen[:12]})",
                 "put the model back as it was, or start a new run",
             )
-        if checkpoint is None:
+        if checkpoint is None or (checkpoint.round_idx == 0 and rounds == 0):
             self._folder.truncate(-1)
-            state = self._method.init(self._pool.call("initial_params")[0], job.num_clients)
+            state = self._first_state()
             done = 0
             if rounds == 0 or (job.evaluation.at_start and job.purpose == "run"):
                 self._evaluate(evaluator, state, 0, is_last=rounds == 0)
@@ -147,6 +150,16 @@ class RoundLoop:
             state = self._round(evaluator, state, round_idx, rounds)
         self._check_frozen(frozen, [fact["frozen_hash"] for fact in self._pool.call("describe")])
         self._folder.write_info(frozen_hash_end=frozen, failures=self._failures)
+        return state
+
+    def _first_state(self) -> ServerState:
+        """The state before round 1; what comes trained from elsewhere is kept as a checkpoint at once."""
+        state = self._method.init(self._pool.call("initial_params")[0], self._job.num_clients)
+        if self._job.start is None:
+            return state
+        trained = load_file(self._job.start)
+        state = replace(state, params={key: trained[key] for key in state.params})
+        save(self._folder.checkpoint_folder, Checkpoint(round_idx=0, state=state, versions={}), store=self._store)
         return state
 
     def _round(self, evaluator: Evaluator, state: ServerState, round_idx: int, rounds: int) -> ServerState:

@@ -57,7 +57,7 @@ def begin_record(
         num_clients=data.num_clients,
         client_names=list(data.client_names),
         num_choices=data.questions.num_choices if data.questions is not None else None,
-        learning_rate=rate if described.num_rounds(1) else None,  # the base trains at no rate
+        learning_rate=rate if described.num_rounds(1) or described.is_centralised else None,  # the base trains at no rate
         model=dict(model),
         versions=package_versions(),
         started_at=known.get("started_at") or datetime.now().isoformat(timespec="seconds"),

@@ -187,19 +187,21 @@ class ShardedTraining:
             self._engine.load_checkpoint(str(folder), tag=_STATE, load_module_strict=False)
         return step
 
-    def weights(self) -> dict[str, torch.Tensor] | None:
+    def weights(self, *, trained_only: bool = False) -> dict[str, torch.Tensor] | None:
         """Give all weights and stored buffers on the CPU in the first rank, ``None`` in the others; tied ones once.
 
-        Every rank must ask.
+        Every rank must ask. ``trained_only`` leaves out what asked for no gradient, and buffers.
         """
         found: dict[str, torch.Tensor] = {}
         for name, parameter in self.model.named_parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
             with gathered([parameter]):
                 if self.ranks.is_leader:
                     found[name] = parameter.detach().to("cpu", copy=True)
         stored = set(self.model.state_dict())
         for name, buffer in self.model.named_buffers():
-            if self.ranks.is_leader and name in stored:
+            if self.ranks.is_leader and name in stored and not trained_only:
                 found[name] = buffer.detach().to("cpu", copy=True)
         return found if self.ranks.is_leader else None
 

@@ -16,8 +16,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import MethodConfig, TrainSpec
 from fedgraft.registry import METHODS
 from fedgraft.tuning.rates import choose_rate, read_choice, validation_loss
+from fedgraft.tuning.references import Reference, train_reference
 
 __all__ = ["Experiment", "run"]
 
@@ -128,6 +130,7 @@ class _Execution:
         self._methods = self._config.methods()
         self._cache = self._config.output.cache or default_cache()
         self._model: dict[str, Any] = {}
+        self._references: dict[tuple[str, int], Reference] = {}
         previous = folder / "comparison.json"
         self._mlflow_run_id = json.loads(previous.read_text()).get("mlflow_run_id") if previous.is_file() else None
 
@@ -152,6 +155,7 @@ class _Execution:
             prepare(config.data, tokenizer, seed, data[seed])
         first = PreparedData.open(data[config.seeds[0]])
         self._check_clients(first.num_clients)
+        self._train_references(first.num_clients, base_folder, data)
         pool = self._context.open_pool(
             PoolOptions(
                 replicas=self._num_replicas(first.num_clients),
@@ -175,7 +179,11 @@ class _Execution:
             for label, method in self._methods.items():
                 for seed in config.seeds:
                     self._stop_if_asked()
-                    rate = self._search(pool, label, method, seed, base_folder, data[seed])
+                    reference = self._references.get((label, seed))
+                    if reference is not None:
+                        rate = reference.learning_rate
+                    else:
+                        rate = self._search(pool, label, method, seed, base_folder, data[seed])
                     self._run(pool, label, method, seed, rate, base_folder, data[seed], parent)
         except Exception as error:
             if parent is not None:
@@ -190,6 +198,34 @@ class _Execution:
             result = read_comparison(self._folder)
             artifacts.append(write_report(result, self._folder / "report.html"))
         parent.finish("finished", artifacts)
+
+    def _train_references(self, num_clients: int, base: Path, data: Mapping[int, Path]) -> None:
+        """Train what is centralised before replicas take the cores."""
+        for label, method in self._methods.items():
+            if not METHODS.get(method.name).is_centralised:
+                continue
+            for seed in self._config.seeds:
+                self._stop_if_asked()
+                folder = self._folder / label / f"seed-{seed}"
+                if RunFolder(folder).read_info().get("status") == "finished":
+                    continue
+                self._stage(f"training {label} on the examples of all clients")
+                rate = self._config.training.learning_rate
+                job = self._job(label, method, seed, rate, folder, base, data[seed], purpose="run", rounds=0)
+                self._references[label, seed] = train_reference(
+                    self._config,
+                    label,
+                    job.worker,
+                    num_clients=num_clients,
+                    folder=folder,
+                    search_folder=self._search_folder(label, seed),
+                    on_progress=partial(self._note_progress, label),
+                    is_stopping=self._context.is_stopping,
+                )
+
+    def _note_progress(self, label: str, step: int, total: int, rate: float) -> None:
+        if step == total or step % max(1, total // 4) == 0:
+            self._stage(f"{label}: step {step} of {total}, learning rate {rate:g}")
 
     def _check_clients(self, num_clients: int) -> None:
         wanted = self._config.federation.min_clients
@@ -293,6 +329,9 @@ class _Execution:
         rounds = METHODS.build(method).num_rounds(self._config.federation.rounds)
         self._emit("run_started", label, seed=seed, rounds=rounds, learning_rate=rate, purpose="run")
         job = self._job(label, method, seed, rate, folder, base, data, purpose="run", rounds=rounds)
+        reference = self._references.get((label, seed))
+        if reference is not None:
+            job = replace(job, start=reference.start)
         self._begin_record(job, method, seed)
         params = {
             "method": method.model_dump(mode="json"),

@@ -30,6 +30,11 @@ class TrainingJob(Protocol):
         """How to train."""
         ...
 
+    @property
+    def keeps_trained_only(self) -> bool:
+        """Whether ``finish`` gets only the weights that were trained."""
+        ...
+
     def open(self) -> None:
         """Open files, once in each worker, before anything else is asked."""
         ...
@@ -62,6 +67,7 @@ class PretrainJob:
     folder: Path
     target: Path
     _sequences: Sequences | None = None
+    keeps_trained_only = False
 
     def open(self) -> None:
         """Read the sequences."""

@@ -262,7 +262,7 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
         if is_stopping and step < num_steps:
             return {"step": step}
     _checkpoint(training, num_steps, _metrics(report) | _judge(training, job))
-    weights = training.weights()
+    weights = training.weights(trained_only=job.keeps_trained_only)
     if weights is not None:
         job.finish(weights)
     training.close()
