@@ -115,7 +115,7 @@ def run_rank(row: dict[str, Any], options: argparse.Namespace) -> None:
         engine = TorchEngine(model, slots, 0)
     else:
         settings = deepspeed_settings(config, batch_size=options.batch, dtype=dtype, max_grad_norm=1.0)
-        ranks = open_ranks("cpu", 300.0)
+        ranks = open_ranks("cpu", 300.0, config.world_size)
         engine = DeepSpeedEngine(
             model, slots, 0, settings=settings, spec=spec, ranks=ranks, device="cpu", policy=lambda ref: SlotPolicy()
         )

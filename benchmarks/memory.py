@@ -117,7 +117,7 @@ class Measured:
         if spec.row.stage is not None:
             from fedgraft.training.ranks import open_ranks
 
-            self._ranks = open_ranks("cpu", 120.0)
+            self._ranks = open_ranks("cpu", 120.0, spec.row.world_size)
 
     def memory(self) -> list[dict[str, int]]:
         """Private and proportional memory of this process, or of all ranks of this replica, bytes."""

@@ -184,7 +184,7 @@ class RayPool:
         if flight.waiting and time.monotonic() + grace < flight.deadline:
             # Ranks work in step: one that is alone for long waits for something that will never come.
             flight.deadline = time.monotonic() + grace
-            flight.limit = f"{grace:.0f} s after another rank of the same replica had ended"
+            flight.limit = f"executor.rank_grace_s = {grace:.0f} s after another rank of the same replica had ended"
         return flight, None
 
     def _restore(self, position: int) -> None:

@@ -98,6 +98,7 @@ class ExecutorConfig(_Frozen):
     replicas: int | None = Field(None, ge=1, le=10_000, description="Replicas; null: as many as cores, clients and memory allow.")
     threads: int = Field(1, ge=1, le=256, description="Threads of each rank of a replica; sums depend on it, so results do.")
     gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica, shared by its ranks; a fraction shares one.")
+    rank_grace_s: float = Field(60.0, gt=0, description="How long the other ranks of a task may take once one has ended it.")
     address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, else one of its own.")
     start_timeout_s: float = Field(300.0, gt=0, description="Longest wait for Ray and its actors to start.")
 

@@ -259,10 +259,8 @@ class RoundLoop:
         """Refuse what does not fit the task: a wrong client or round, names or shapes that were not asked for."""
         outcome = finished.value
         error = finished.error
-        if error is None and any(
-            isinstance(each, ClientFailure) != isinstance(outcome, ClientFailure) for each in finished.followers
-        ):
-            error = "the ranks of the replica do not agree on how the task ended"
+        if error is None and not all(_agree(outcome, follower) for follower in finished.followers):
+            error = "the ranks of the replica do not agree on how the task went"
         if error is None and isinstance(outcome, ClientFailure):
             return outcome
         if error is None:
@@ -312,7 +310,8 @@ class RoundLoop:
             if isinstance(outcome, ClientFailure):
                 tree.add(position, None)
                 continue
-            tensors = self._fetch(tasks[position], handles[position], shared)
+            made_as = replace(tasks[position], num_parts=outcome.num_parts)
+            tensors = self._fetch(made_as, handles[position], shared)
             handles[position] = None  # the store may let go of it
             weight = {key: weights.of(key)[place] for key in tensors}
             try:
@@ -412,3 +411,11 @@ def _charge(task: ClientTask, sent: Sequence[TensorInfo], outcome: Any, *, num_t
     if isinstance(outcome, ClientUpdate):
         rows += entries(task.round_idx, task.client_id, "up", outcome.payload)
     return rows
+
+
+def _agree(leader: ClientUpdate | ClientFailure, follower: ClientUpdate | ClientFailure) -> bool:
+    """Whether two ranks tell the same of a task: sums over ranks are the same in all of them."""
+    if isinstance(leader, ClientFailure) or isinstance(follower, ClientFailure):
+        return isinstance(leader, ClientFailure) and isinstance(follower, ClientFailure)
+    same_steps = (leader.num_steps, leader.metrics) == (follower.num_steps, follower.metrics)
+    return same_steps and torch.equal(leader.expert_tokens, follower.expert_tokens)

@@ -142,7 +142,7 @@ class ClientWorker:
         settings = deepspeed_settings(
             spec.engine, batch_size=spec.batch_size, dtype=spec.dtype, max_grad_norm=spec.train.max_grad_norm
         )
-        ranks = open_ranks(self.device, spec.timeout_s)
+        ranks = open_ranks(self.device, spec.timeout_s, spec.engine.world_size)
         return DeepSpeedEngine(
             model, slots, spec.run_seed, settings=settings, spec=spec.train, ranks=ranks, device=self.device, policy=policy
         )
@@ -181,14 +181,17 @@ class ClientWorker:
             try:
                 update, tensors = self._update(task, broadcast, num_parts)
             except _OutOfMemory as error:
-                if self.spec.engine.on_out_of_memory == "fail" or num_parts >= self.spec.batch_size:
-                    return _failure(task, "train", error.cause), {}
-                num_parts = min(2 * num_parts, self.spec.batch_size)
-                self._free_memory()
-                continue
-            if isinstance(update, ClientUpdate):
-                update = replace(update, seconds=time.perf_counter() - started, num_parts=num_parts)
-            return update, tensors
+                failure = _failure(task, "train", error.what)
+            else:
+                break
+            # Outside of the except block: the traceback there still holds the tensors of the step that did not fit.
+            self._free_memory()
+            if self.spec.engine.on_out_of_memory == "fail" or num_parts >= self.spec.batch_size:
+                return failure, {}
+            num_parts = min(2 * num_parts, self.spec.batch_size)
+        if isinstance(update, ClientUpdate):
+            update = replace(update, seconds=time.perf_counter() - started, num_parts=num_parts)
+        return update, tensors if self.engine.is_leader else {}
 
     def _update(self, task: ClientTask, broadcast: Broadcast, num_parts: int) -> tuple[ClientUpdate | ClientFailure, Params]:
         """Host a client from its start, its batches cut into ``num_parts``."""
@@ -207,10 +210,10 @@ class ClientWorker:
             raise  # a broken promise of the method ends the run, a broken replica is replaced: neither is a client's bad luck
         except Exception as error:
             if stage == "train" and is_out_of_memory(error):
-                raise _OutOfMemory(error) from error
+                raise _OutOfMemory(f"{type(error).__name__}: {error}") from None
             # Whatever a hook raises is this client's failure, a value; who wants the traceback asks for debug logs.
             _log.debug("client %d failed at %s in round %d", task.client_id, stage, task.round_idx, exc_info=True)
-            return _failure(task, stage, error), {}
+            return _failure(task, stage, f"{type(error).__name__}: {error}"), {}
 
     def _free_memory(self) -> None:
         """Let go of what the failed step left, before the next try."""
@@ -378,16 +381,15 @@ class ClientWorker:
 
 
 class _OutOfMemory(Exception):
-    """A local step did not fit; what PyTorch said is the cause."""
+    """A local step did not fit. It carries text only: PyTorch's own error holds the step's tensors through its traceback."""
 
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
 
 
-def _failure(task: ClientTask, stage: str, error: Exception) -> ClientFailure:
-    text = f"{type(error).__name__}: {error}"
-    return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=text)
+def _failure(task: ClientTask, stage: str, error: str) -> ClientFailure:
+    return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=error)
 
 
 def _device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:

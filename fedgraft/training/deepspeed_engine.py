@@ -28,7 +28,7 @@ from fedgraft.protocols import Terms, TrainResult, TrainSpec
 from fedgraft.training.expert_parallel import finish_settings, refuse_expert_parallel, spread_experts, spread_tensors
 from fedgraft.training.master_weights import MasterWeights
 from fedgraft.training.ranks import Ranks
-from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, to_device
+from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, require_labels, to_device
 from fedgraft.types import IGNORE_INDEX, Batch, ParamRef, Params, Slots, Weighted
 
 __all__ = ["DeepSpeedEngine", "SlotPolicy", "refuse_slots"]
@@ -211,14 +211,19 @@ class DeepSpeedEngine:
         optimizer_state: Params | None = None,
         keep_optimizer_state: Sequence[str] = (),
     ) -> TrainResult:
-        """Train the slots of ``keys`` on this rank's rows of every batch; everything else stays as it is."""
+        """Train the slots of ``keys`` on this rank's rows of every batch; everything else stays as it is.
+
+        Optimiser, weight decay, clipping and factors of the rate are those the engine was built with.
+        """
+        self._require_own_spec(spec)
+        if self._has_gradients:
+            self._start_afresh()
         wanted = set(keys)
         untouched = self.read(ref.key for ref in self.refs if ref.name in self._trained and ref.key not in wanted)
         losses: list[float] = []
         num_examples = num_label_tokens = 0
         self._begin(spec, optimizer_state or {})
         self.model.train()
-        self._has_gradients = False
         try:
             with torch.random.fork_rng(devices=self._cuda_devices()), RoutingCounter(self.model) as counter:
                 torch.manual_seed(seed + self._ranks.rank)  # dropout of different rows must differ between ranks
@@ -236,10 +241,12 @@ class DeepSpeedEngine:
                         self.load(untouched)  # weight decay moves them even without a gradient
                     num_examples += batch.num_examples
                     num_label_tokens += batch.num_label_tokens
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+                raise ReplicaError(f"rank {self._ranks.rank} lost the others: {error}") from error
+            raise
         finally:
             self.model.eval()
-            if self._has_gradients:
-                self._start_afresh()
         self._pull(self._trained)
         if untouched:
             self.load(untouched)
@@ -253,7 +260,7 @@ class DeepSpeedEngine:
 
     def _backward(self, batch: Batch, num_parts: int, counter: RoutingCounter, terms: Terms | None, step: int) -> float:
         """Run this rank's parts of a batch; give the whole batch's mean loss, the same in every rank."""
-        world, count = self._ranks.world_size, max(1, batch.num_label_tokens)
+        world, count = self._ranks.world_size, require_labels(batch, step)
         mean = torch.zeros((), dtype=torch.float64)
         for index in range(num_parts):
             rows = part_of_batch(batch, self._ranks.rank * num_parts + index, world * num_parts)
@@ -379,7 +386,10 @@ class DeepSpeedEngine:
         embeddings.register_forward_hook(ask)
 
     def _start_afresh(self) -> None:
-        """Build DeepSpeed's engine anew after a step that broke off: its gradient buffers may hold half of one."""
+        """Build DeepSpeed's engine anew after a step that broke off: its gradient buffers may hold half of one.
+
+        Done when the next training begins, when whatever the broken step held in memory is free.
+        """
         if self._engine is None:
             return
         if self._stage == 3:
@@ -387,8 +397,22 @@ class DeepSpeedEngine:
         self._engine.destroy()
         for parameter in self._parameters.values():
             parameter.grad = None
-        self._initialise()
+        try:
+            self._initialise()
+        except Exception as error:  # whatever it is, this process has no engine any more
+            raise ReplicaError(f"DeepSpeed could not be set up again: {error}") from error
+        self._has_gradients = False
         self._push(self._trained)
+
+    def _require_own_spec(self, spec: TrainSpec) -> None:
+        own = self._spec
+        for name in ("optimizer", "weight_decay", "max_grad_norm"):
+            if getattr(spec, name) != getattr(own, name):
+                raise ModelError(
+                    f"the DeepSpeed engine was built with {name} {getattr(own, name)!r} and asked to train with "
+                    f"{getattr(spec, name)!r}",
+                    "build another engine",
+                )
 
     def _parameter_groups(self, policy: Callable[[ParamRef], SlotPolicy]) -> list[_Group]:
         """Slots with the same rate and the same fate of their moments go together; ZeRO keeps one step count a group."""

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import distributed as dist
 
+from fedgraft.errors import ClusterError
+
 __all__ = ["Ranks", "close_ranks", "open_ranks", "this_rank"]
 
 
@@ -33,24 +35,41 @@ class Ranks:
         return self.rank == 0
 
 
-def this_rank() -> Ranks:
-    """Read this process's place from the environment; one process alone where nothing is said."""
-    return Ranks(rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1")))
+def this_rank(world_size: int) -> Ranks:
+    """Read this process's place among ``world_size`` ranks from the environment; one alone asks nobody.
+
+    Raises:
+        ClusterError: The environment says something else.
+    """
+    if world_size == 1:
+        return Ranks(rank=0, world_size=1)  # whatever a launcher of something else has left in the environment
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if not all(found.values()) or found["WORLD_SIZE"] != str(world_size):
+        said = ", ".join(f"{name}={value or '(not set)'}" for name, value in found.items())
+        raise ClusterError(
+            f"a replica of {world_size} ranks was not told its place: {said}", "let fedgraft start the ranks (executor.kind: ray)"
+        )
+    return Ranks(rank=int(found["RANK"]), world_size=world_size)
 
 
-def open_ranks(device: Literal["cpu", "cuda"], timeout_s: float) -> Ranks:
+def open_ranks(device: Literal["cpu", "cuda"], timeout_s: float, world_size: int = 1) -> Ranks:
     """Join the replica's process group (gloo on CPUs, nccl on GPUs), once a process, and prepare DeepSpeed's import.
 
     Args:
         device: Decides the backend.
         timeout_s: Longest wait of one collective call, seconds.
+        world_size: Ranks of the replica.
+
+    Raises:
+        ClusterError: The environment does not tell this process its place among several, or they do not meet.
     """
-    ranks = this_rank()
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it; every rank sees its own devices only
+    ranks = this_rank(world_size)
+    if dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # whoever opened the group has said which device is whose
+    else:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it; every rank of ours sees its own devices only
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    for name in ("DeepSpeed", "deepspeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     if not dist.is_initialized():
         atexit.register(close_ranks)
         backend, timeout = ("nccl" if device == "cuda" else "gloo"), timedelta(seconds=timeout_s)
@@ -59,7 +78,12 @@ def open_ranks(device: Literal["cpu", "cuda"], timeout_s: float) -> Ranks:
         else:
             if device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group(backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+            try:
+                dist.init_process_group(
+                    backend, init_method="env://", rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+                )
+            except (RuntimeError, ValueError) as error:
+                raise ClusterError(f"rank {ranks.rank} of {ranks.world_size} did not meet the others: {error}") from error
     _prepare_deepspeed()
     return ranks
 
@@ -79,6 +103,8 @@ def _prepare_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     import deepspeed
 
+    for logger in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(logger).setLevel(logging.ERROR)  # after the import, which sets it back
     for name in deepspeed.ops.__compatible_ops__:
         if "shm" in name:
             deepspeed.ops.__compatible_ops__[name] = False

@@ -13,11 +13,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fedgraft.errors import UpdateError
 from fedgraft.moe.families import model_facts, moe_layers
 from fedgraft.protocols import Terms
 from fedgraft.types import IGNORE_INDEX, Batch
 
-__all__ = ["RoutingCounter", "StepOutput", "is_out_of_memory", "part_loss", "part_of_batch", "response_loss", "to_device"]
+__all__ = [
+    "RoutingCounter",
+    "StepOutput",
+    "is_out_of_memory",
+    "part_loss",
+    "part_of_batch",
+    "require_labels",
+    "response_loss",
+    "to_device",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +136,24 @@ class RoutingCounter:
     def counts(self) -> torch.Tensor:
         """Tokens by layer and expert, (L, E) int64."""
         return self._counts
+
+
+def require_labels(batch: Batch, step: int) -> int:
+    """Give the label tokens of a batch, at least one: a mean over none is no loss.
+
+    Args:
+        batch: Of a local step, whole.
+        step: Its number, from 0.
+
+    Raises:
+        UpdateError: There is none.
+    """
+    count = batch.num_label_tokens
+    if not count:
+        raise UpdateError(
+            f"the batch of local step {step + 1} has no label token", "raise data.max_length, or check the responses"
+        )
+    return count
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

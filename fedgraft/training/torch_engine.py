@@ -16,7 +16,7 @@ from fedgraft.errors import UpdateError
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
 from fedgraft.protocols import Terms, TrainResult, TrainSpec
-from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, to_device
+from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, require_labels, to_device
 from fedgraft.types import Batch, ParamRef, Params, Slots, Weighted
 
 __all__ = ["TorchEngine"]
@@ -155,7 +155,8 @@ class TorchEngine:
     def _backward(self, cpu_batch: Batch, num_parts: int, counter: RoutingCounter, terms: Terms | None, step: int) -> float:
         """Run forward and backward over the parts of a batch, adding up their gradients; give the batch's mean loss."""
         parts = [cpu_batch] if num_parts == 1 else [part_of_batch(cpu_batch, index, num_parts) for index in range(num_parts)]
-        count = None if num_parts == 1 else max(1, cpu_batch.num_label_tokens)
+        num_label_tokens = require_labels(cpu_batch, step)
+        count = None if num_parts == 1 else num_label_tokens
         mean = 0.0
         for cpu_part in parts:
             if cpu_part is None:

@@ -165,6 +165,7 @@ class _Execution:
                 max_failures=config.federation.max_failures,
                 task_timeout_s=config.federation.task_timeout_s,
                 start_timeout_s=config.executor.start_timeout_s,
+                rank_grace_s=config.executor.rank_grace_s,
             )
         )
         parent: Tracker | None = None

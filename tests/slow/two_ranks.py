@@ -6,6 +6,7 @@ CASES is a pickled list of mappings; each case's results go to ``OUT/<number>-<r
 from __future__ import annotations
 
 import gc
+import os
 import pickle
 import sys
 import weakref
@@ -87,7 +88,7 @@ def fail(step: int) -> None:
 def main(cases: Path, out: Path) -> None:
     """Run all cases, one after another."""
     torch.set_num_threads(1)
-    ranks = open_ranks("cpu", 60.0)
+    ranks = open_ranks("cpu", 60.0, int(os.environ["WORLD_SIZE"]))
     with cases.open("rb") as file:
         todo = pickle.load(file)
     for number, case in enumerate(todo):

@@ -245,7 +245,8 @@ def _train(config: dict[str, Any]) -> dict[str, Any]:
     job: TrainingJob = config["job"]
     folder, num_steps = Path(config["folder"]), job.spec.training.num_steps
     torch.set_num_threads(config["threads"])
-    ranks = open_ranks("cuda" if config["gpus"] else "cpu", _COLLECTIVE_TIMEOUT_S)
+    size = ray.train.get_context().get_world_size()
+    ranks = open_ranks("cuda" if config["gpus"] else "cpu", _COLLECTIVE_TIMEOUT_S, size)
     job.open()
     training = ShardedTraining(job.build().to(ray.train.torch.get_device()), job.spec, ranks)
     start = _restore(training, config["checkpoint"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedgraft.actors.hosting import LostResult
 from fedgraft.errors import QuorumError
 from fedgraft.platform.rounds import RoundLoop, RunJob
 from fedgraft.training import step
@@ -100,3 +102,54 @@ def test_a_resumed_run_cuts_as_it_did(
     resumed = run_job(job)
     assert [task.num_parts for task, *_ in resumed.pool.replies] == [2] * 6
     assert_same_bits(resumed.state.params, straight.state.params)
+
+
+def test_nothing_of_the_failed_step_is_held_while_it_is_tried_again(
+    make_bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = step.response_loss
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def loss(model: Any, batch: Batch, num_label_tokens: int | None = None) -> Any:
+        if batch.num_examples > 2:
+            large = torch.zeros(1000)
+            held.append(weakref.ref(large))
+            raise torch.OutOfMemoryError("not enough")
+        alive.extend(each() is not None for each in held)
+        return whole(model, batch, num_label_tokens)
+
+    monkeypatch.setattr(step, "response_loss", loss)
+    bench = make_bench(FEDAVG, engine=EngineConfig(name="torch", device="cpu", on_out_of_memory="halve"))
+    update, _ = bench.train(0, 1, bench.worker.initial_params())
+    assert update.num_parts == 2
+    assert held
+    assert alive
+    assert not any(alive)
+
+
+def test_a_lost_update_is_made_again_in_the_same_parts(
+    make_job: Callable[..., RunJob], run_job: Callable[..., Any], narrow: Callable[..., None],
+    assert_same_bits: Callable[..., None],
+) -> None:  # fmt: skip
+    narrow(2)
+    lost: list[int] = []
+
+    def loses_one(loop: RoundLoop) -> None:
+        fetch = loop._pool.fetch
+
+        def once(handle: Any) -> Any:
+            if not lost:
+                lost.append(1)
+                narrow(100)  # memory is free again
+                raise LostResult("its node is gone")
+            return fetch(handle)
+
+        loop._pool.fetch = once  # type: ignore[method-assign]
+
+    again = run_job(halving(make_job(FEDAVG, rounds=1)), before=loses_one)
+    assert lost
+    assert [task.num_parts for task, *_ in again.pool.replies][-1] == 2
+    narrow(2)
+    expected = run_job(halving(make_job(FEDAVG, rounds=1)))
+    assert_same_bits(again.state.params, expected.state.params)
