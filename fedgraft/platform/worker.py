@@ -216,9 +216,9 @@ class ClientWorker:
             return _failure(task, stage, f"{type(error).__name__}: {error}"), {}
 
     def _free_memory(self) -> None:
-        """Let go of what the failed step left, before the next try."""
-        gc.collect()
+        """Let go of what the failed step left, before the next try; on a CPU it went with the last reference to it."""
         if self.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def evaluate(self, task: EvaluationTask, broadcast: Broadcast) -> tuple[EvaluationReply, None]:

@@ -79,15 +79,21 @@ def breaks_at(token: int) -> Callable[[Batch, Any], Mapping[str, torch.Tensor]]:
     return terms
 
 
-def train_with(make: Make, batches: Sequence[Batch], *, num_parts: Sequence[int]) -> dict[str, Any]:
-    """Train in all ways, by name: with SGD for each number of parts, then with AdamW, both after other clients and errors."""
+def train_with(
+    make: Make, batches: Sequence[Batch], many_rows: Sequence[Batch], *, num_parts: Sequence[int]
+) -> dict[str, Any]:
+    """Train in all ways, by name: with SGD for each number of parts, then with AdamW, both after other clients and errors.
+
+    Batches of ``many_rows`` have a row for every part of every rank.
+    """
     found: dict[str, Any] = {}
     engine = make(SGD, plain)
     for parts in num_parts:
         spec = replace(SGD, num_parts=parts)
         found[f"sgd {parts}"] = host(engine, 4, batches, spec)
         found[f"constant {parts}"] = host(engine, 4, batches, spec, terms=constant_term(engine))
-        found[f"mean {parts}"] = host(engine, 4, batches, spec, terms=mean_term)
+        found[f"mean {parts}"] = host(engine, 4, many_rows, spec, terms=mean_term)
+        found[f"mean of few {parts}"] = _tried(lambda spec=spec: host(engine, 4, batches, spec, terms=mean_term))
         found[f"hook {parts}"], found[f"gradients {parts}"] = _with_hook(engine, batches, spec)
     found["errors"] = [_error(engine, batches, row) for row in range(batches[0].num_examples)]
     found["other sgd"] = host(engine, 5, batches[::-1], SGD)
@@ -120,13 +126,17 @@ def _with_hook(engine: Engine, batches: Sequence[Batch], spec: TrainSpec) -> tup
     return host(engine, 4, batches, spec, after_backward=change), seen
 
 
-def _error(engine: Engine, batches: Sequence[Batch], row: int) -> str:
+def _error(engine: Engine, batches: Sequence[Batch], row: int) -> Any:
     """What an engine says of a batch of which one row gives no finite loss."""
+    return _tried(lambda: host(engine, 4, batches, SGD, terms=breaks_at(int(batches[0].input_ids[row, 0]))))
+
+
+def _tried(train: Callable[[], Any]) -> Any:
+    """What it gives, or what it says."""
     try:
-        host(engine, 4, batches, SGD, terms=breaks_at(int(batches[0].input_ids[row, 0])))
+        return train()
     except FedgraftError as error:
         return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 def evaluate_with(worker: ClientWorker, tasks: Sequence[EvaluationTask], params: Params) -> list[dict[Any, Weighted]]:
@@ -160,7 +170,7 @@ def main(case_file: Path, out: Path) -> None:
             model, case["slots"], 3, settings=settings, spec=spec, ranks=ranks, device="cpu", policy=policy
         )
 
-    found = train_with(make, case["batches"], num_parts=(1, 2))
+    found = train_with(make, case["batches"], case["many_rows"], num_parts=(1, 2))
     spec: WorkerSpec = case["worker"]
     worker = spec.build()
     found["evaluated"] = evaluate_with(worker, case["tasks"], case["params"])

@@ -172,7 +172,7 @@ def test_home_is_expanded_and_relative_paths_are_left_to_the_current_directory(
         ("compare.methods.flex.adapter.rank=0", "compare.methods.flex.adapter.rank", "0", "from 1 to 4096"),
         ("compare.methods.fedavg.lora=[atention]", "compare.methods.fedavg.lora[0]", "'atention'", "did you mean 'attention'"),
         ("compare.methods.x.name=fedavgg", "compare.methods.x.name", "'fedavgg'", "did you mean 'fedavg'? known: base,"),
-        ("compare.methods.x={n_graft: 1}", "compare.methods.x.name", "nothing", "a method's name: base, fedavg"),
+        ("compare.methods.x={n_graft: 1}", "compare.methods.x.name", "nothing", "a method's name: base, centralised"),
         ("compare.methods.x=flex", "compare.methods.x", "'flex'", "a mapping with a name"),
         ("compare.methods={}", "compare.methods", "{}", "at least one"),
         ("compare.methods.a/b.name=base", "compare.methods", "{", "letters, digits, spaces"),
