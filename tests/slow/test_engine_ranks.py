@@ -74,7 +74,7 @@ def many_rows(random_batch: Callable[..., Batch]) -> list[Batch]:
 def data_with_questions(byte_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One client, five general examples, three questions."""
     folder = tmp_path_factory.mktemp("data")
-    words = "red blue green".split()
+    words = ["red", "blue", "green"]
     lines = [{"q": f"say {words[i % 3]}", "a": f"{words[i % 3]} {words[i // 3 % 3]}", "kind": "colours"} for i in range(20)]
     general = [{"q": f"word {i}", "a": words[i % 3]} for i in range(5)]
     asked = [{"subject": "a", "question": f"say {word}", "choices": words, "answer": i} for i, word in enumerate(words)]
@@ -96,7 +96,9 @@ def data_with_questions(byte_tokenizer: PreTrainedTokenizerFast, tmp_path_factor
 
 
 @pytest.fixture(scope="module")
-def worker_spec(make_base: Callable[..., Path], data_with_questions: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkerSpec:
+def worker_spec(
+    make_base: Callable[..., Path], data_with_questions: Path, tmp_path_factory: pytest.TempPathFactory
+) -> WorkerSpec:
     return WorkerSpec(
         base_folder=make_base(),
         data_folder=data_with_questions,
@@ -140,31 +142,32 @@ def expected(make_base: Callable[..., Path], batches: list[Batch], many_rows: li
     return found
 
 
-@pytest.fixture(scope="module", params=STAGES, ids=[f"stage {stage}" for stage in STAGES])
-def ranks(
-    request: pytest.FixtureRequest, make_base: Callable[..., Path], batches: list[Batch], many_rows: list[Batch],
+@pytest.fixture(scope="module")
+def started(
+    make_base: Callable[..., Path], batches: list[Batch], many_rows: list[Batch],
     worker_spec: WorkerSpec, judged: tuple[list[EvaluationTask], Params, Any], tmp_path_factory: pytest.TempPathFactory,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """What each of two ranks found; they are started once a stage."""
-    folder, stage = tmp_path_factory.mktemp("ranks"), request.param
+) -> tuple[Path, list[int]]:  # fmt: skip
+    """Folder with what each of two ranks found, and how they ended; they go through all stages, since a start takes long."""
+    folder = tmp_path_factory.mktemp("ranks")
     # A threshold of 0, or these small tensors would stay whole.
-    zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else None
-    engine = EngineConfig(name="deepspeed", device="cpu", stage=stage, world_size=2, deepspeed=zero)
+    zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    engines = [
+        EngineConfig(name="deepspeed", device="cpu", stage=stage, world_size=2, deepspeed=zero if stage == 3 else None)
+        for stage in STAGES
+    ]
     tasks, params, _ = judged
-    case = {"base": make_base(), "slots": SLOTS, "batches": batches, "engine": engine, "tasks": tasks, "params": params}
-    case["many_rows"] = many_rows
-    case["worker"] = replace(worker_spec, engine=engine, timeout_s=60.0)
+    case = {"base": make_base(), "slots": SLOTS, "batches": batches, "many_rows": many_rows, "engines": engines}
+    case |= {"worker": worker_spec, "tasks": tasks, "params": params}
     (folder / "case").write_bytes(pickle.dumps(case))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), str(folder / "case"), str(folder)]
-    logs = [folder / f"log-{rank}" for rank in range(2)]
     with ExitStack() as stack:
         processes = []
-        for rank, log in enumerate(logs):
-            file = stack.enter_context(log.open("w"))
+        for rank in range(2):
+            file = stack.enter_context((folder / f"log-{rank}").open("w"))
             env = os.environ | shared | {"RANK": str(rank)}
             processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
         try:
@@ -173,8 +176,17 @@ def ranks(
             for process in processes:
                 process.kill()
                 process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return folder, codes
+
+
+@pytest.fixture(scope="module", params=STAGES, ids=[f"stage {stage}" for stage in STAGES])
+def ranks(request: pytest.FixtureRequest, started: tuple[Path, list[int]]) -> list[dict[str, Any]]:
+    """What each of two ranks found at a stage."""
+    folder, codes = started
+    files = [folder / f"{request.param}-{rank}.pt" for rank in range(2)]
+    logs = "\n".join((folder / f"log-{rank}").read_text()[-3000:] for rank in range(2))
+    assert all(file.is_file() for file in files), f"the ranks ended with {codes}\n{logs}"
+    return [torch.load(file, weights_only=False) for file in files]
 
 
 def assert_close(found: Params, expected: Params, **tolerance: float) -> None:
@@ -226,19 +238,24 @@ def test_hooks_read_the_whole_batchs_gradients(parts: int, ranks: list[dict[str,
             assert_close(ours, theirs, **GRADIENTS)
 
 
+def test_both_ranks_end_well(started: tuple[Path, list[int]]) -> None:
+    assert started[1] == [0, 0]
+
+
 def test_a_loss_that_is_not_finite_stops_both_ranks(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Row 0 belongs to the first rank, rows 1 and 2 to the second."""
+    """Of three rows the first belongs to rank 0, the last to rank 1."""
     for found in (expected, *ranks):
-        assert len(found["errors"]) == 3
+        assert len(found["errors"]) == 2
         for error in found["errors"]:
             assert error.startswith("UpdateError: the loss of local step 1 is nan")
 
 
-@pytest.mark.parametrize("parts", PARTS)
-def test_adamw_clips_and_decays_as_the_reference(parts: int, ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    for name in ("adamw", "other adamw", "continued", "some"):
-        for found in ranks:
-            assert_close(found[f"{name} {parts}"][1], expected[f"{name} 1"][1], **CLOSE)
+@pytest.mark.parametrize("name", ["adamw 1", "adamw 2", "some 1", "some 2", "other adamw", "continued"])
+def test_adamw_clips_decays_and_continues_as_the_reference(
+    name: str, ranks: list[dict[str, Any]], expected: dict[str, Any]
+) -> None:
+    for found in ranks:
+        assert_close(found[name][1], expected[name.replace("2", "1")][1], **CLOSE)
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -267,17 +284,16 @@ def test_what_a_client_leaves_reaches_no_rank(
     """After another client, and after the losses that were not finite."""
     for found in ranks:
         assert_same_bits(found["sgd again"][1], found["sgd 1"][1])
-        for parts in PARTS:
-            assert_same_bits(found[f"adamw {parts} again"][1], found[f"adamw {parts}"][1])
-            kept = found[f"adamw {parts}"][0].optimizer_state
-            assert_same_bits(found[f"adamw {parts} again"][0].optimizer_state, kept)
+        (again, values), (first, expected) = found["adamw again"], found["adamw 1"]
+        assert_same_bits(values, expected)
+        assert_same_bits(again.optimizer_state, first.optimizer_state)
 
 
 def test_both_ranks_go_on_with_the_same_bits(
     ranks: list[dict[str, Any]], assert_same_bits: Callable[[Params, Params], None]
 ) -> None:
     names = [name for name, value in ranks[0].items() if isinstance(value, tuple)]
-    assert len(names) >= 9 * len(PARTS) + 2
+    assert {"sgd 2", "mean 2", "constant 1", "hook 2", "adamw 2", "some 1", "continued"} <= set(names)
     for name in names:
         (first, ours), (second, theirs) = (found[name] for found in ranks)
         assert_same_bits(ours, theirs)
@@ -297,9 +313,7 @@ def test_shares_are_all_items_and_their_sums_those_of_one_process(ranks: list[di
             assert len(first[0]) - len(second[0]) in (0, 1)
 
 
-def test_two_ranks_judge_as_one_process(
-    ranks: list[dict[str, Any]], judged: tuple[Any, Any, list[dict[Any, Weighted]]]
-) -> None:
+def test_two_ranks_judge_as_one_process(ranks: list[dict[str, Any]], judged: tuple[Any, Any, list[dict[Any, Weighted]]]) -> None:
     client = {("client", metric) for metric in ("nll", "token_accuracy", "rouge_l")}
     other = {("retention", "nll"), ("retention", "token_accuracy"), ("choice", "choice_accuracy")}
     for found in ranks:

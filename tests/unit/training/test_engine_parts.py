@@ -126,13 +126,12 @@ def mean_term(engine: Engine) -> Terms:
 # ---- parts
 
 
-@pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize("kind", ENGINES)
 def test_more_parts_than_rows_give_the_batchs_step(
-    kind: str | int, parts: int, make_engine: Callable[..., Engine], batches: list[Batch]
+    kind: str | int, make_engine: Callable[..., Engine], batches: list[Batch]
 ) -> None:
     whole, expected = host(make_engine("torch"), 4, batches, SGD)
-    result, found = host(make_engine(kind), 4, batches, replace(SGD, num_parts=parts))
+    result, found = host(make_engine(kind), 4, batches, replace(SGD, num_parts=5))
     assert_close(found, expected, **TIGHT)
     assert result.losses == pytest.approx(whole.losses, rel=1e-5)
     assert torch.equal(result.expert_tokens, whole.expert_tokens)
@@ -300,7 +299,7 @@ def test_a_client_that_does_not_fit_trains_in_parts(
     stage: int, make_bench: Callable[..., Any], narrow: Callable[[int], None]
 ) -> None:
     """Of three rows in two parts the second does not fit, when the first has left its gradients behind."""
-    engine = EngineConfig(name="deepspeed", device="cpu", stage=stage, on_out_of_memory="halve")  # type: ignore[arg-type]
+    engine = EngineConfig(name="deepspeed", device="cpu", stage=stage, on_out_of_memory="halve")
     whole, halving = (make_bench({"name": "fedavg"}, batch_size=3, train=SGD, **each) for each in ({}, {"engine": engine}))
     params = whole.worker.initial_params()
     wanted, expected = whole.train(0, 1, params)
