@@ -268,7 +268,6 @@ class RunConfig(_Frozen):
             found = {name: getattr(part, name).resolve() for name in names if getattr(part, name) is not None}
             return part.model_copy(update=found)
 
-        engine = fix(self.engine, "deepspeed") if isinstance(self.engine.deepspeed, Path) else self.engine
         data = fix(self.data, "path").model_copy(
             update={"retention": fix(self.data.retention, "path"), "questions": fix(self.data.questions, "path")}
         )
@@ -276,7 +275,6 @@ class RunConfig(_Frozen):
             update={
                 "model": fix(self.model, "path"),
                 "data": data,
-                "engine": engine,
                 "output": fix(self.output, "folder", "cache"),
                 "method_files": tuple(path.resolve() for path in self.method_files),
             }
