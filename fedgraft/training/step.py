@@ -84,11 +84,10 @@ def part_loss(
     share = None if num_label_tokens is None else output.labels.numel() / num_label_tokens
     total = loss
     for term in found.values():
-        if share is None:
-            total = total + term
-        else:
+        if share is not None:
             # A mean over no label tokens is no number. It stays in the graph: ranks must make the same collective calls.
-            total = total + (share * term if share else 0.0 * term.nan_to_num())
+            term = share * term if share else 0.0 * term.nan_to_num()
+        total = total + term
     return loss, total
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 import fedgraft
 from fedgraft.errors import ConfigError
+from fedgraft.platform.loading import dump_config
 from fedgraft.registry import METHODS
 from fedgraft.training.config import EngineConfig, deepspeed_settings
 
@@ -26,7 +29,7 @@ def make(**options: Any) -> EngineConfig:
         ({}, True, "deepspeed"),
         ({"world_size": 2}, False, "deepspeed"),
         ({"stage": 0}, False, "deepspeed"),
-        ({"deepspeed": {"prescale_gradients": True}}, False, "deepspeed"),
+        ({"deepspeed": {"wall_clock_breakdown": True}}, False, "deepspeed"),
         ({"name": "torch"}, True, "torch"),
         ({"name": "deepspeed"}, False, "deepspeed"),
     ],
@@ -63,10 +66,10 @@ def test_the_stage_is_the_stated_one(options: dict[str, Any], stage: int) -> Non
         ({"stage": 1, "deepspeed": {"zero_optimization": {"stage": 2}}}, "stage is 1 and deepspeed.zero_optimization.stage is 2"),
         ({"deepspeed": {"zero_optimization": {"stage": 7}}}, "expected 0, 1, 2 or 3, got 7"),
         ({"deepspeed": {"zero_optimization": 2}}, "expected a mapping, got 2"),
-        ({"deepspeed": {"zero_optimization": {"stag": 2}}}, "zero_optimization.stag is not a known key; did you mean stage?"),
+        ({"deepspeed": {"zero_optimization": {"stag": 2}}}, "zero_optimization.stag = 2 is not a known key; did you mean stage?"),
         (
             {"deepspeed": {"zero_optimization": {"reduce_bucket_size": -1}}},
-            "zero_optimization.reduce_bucket_size = -1: input should be greater than 0",
+            "zero_optimization.reduce_bucket_size = -1: expected a whole number, 1 or more",
         ),
         (
             {"deepspeed": {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 5}}},
@@ -89,13 +92,104 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"communication_data_type": "foo"}, "communication_data_type = 'foo': expected fp32 or bf16"),
+        ({"communication_data_type": "fp16"}, "small gradients would vanish without loss scaling"),
+        ({"aio": 3}, "aio cannot be set: only offload to disks reads it"),
+        ({"dump_state": True}, "dump_state cannot be set"),
+        ({"activation_checkpointing": {}}, "activation_checkpointing cannot be set"),
+        ({"comms_logger": {"enabled": True}}, "comms_logger cannot be set"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads cannot be set"),
+        ({"gradient_predivide_factor": "abc"}, "gradient_predivide_factor = 'abc': expected a number above 0"),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor = 0: expected a number above 0"),
+        ({"gradient_predivide_factor": math.inf}, "gradient_predivide_factor = inf: expected a number above 0"),
+        ({"gradient_predivide_factor": 2}, "needs zero_optimization.reduce_scatter: false in stage 1"),
+        ({"prescale_gradients": 1}, "prescale_gradients = 1: expected true or false"),
+        ({"prescale_gradients": True}, "needs zero_optimization.reduce_scatter: false in stage 1"),
+        (
+            {"prescale_gradients": True, "zero_optimization": {"stage": 3, "reduce_scatter": False}},
+            "prescale_gradients does not work in stage 3",
+        ),
+        (
+            {"prescale_gradients": True, "gradient_predivide_factor": 2, "zero_optimization": {"reduce_scatter": False}},
+            "gradient_predivide_factor has no effect beside prescale_gradients: true",
+        ),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown = 'yes': expected true or false"),
+        ({"memory_breakdown": 1}, "memory_breakdown = 1: expected true or false"),
+        ({"flops_profiler": {"enabled": True, "nope": 1}}, "flops_profiler.nope: extra inputs are not permitted"),
+        ({"flops_profiler": {"enabled": True, "output_file": "a"}}, "flops_profiler.output_file: extra inputs"),
+        ({"flops_profiler": {"profile_step": 2}}, "flops_profiler.enabled: field required"),
+        ({"flops_profiler": 3}, "flops_profiler: input should be a valid dictionary"),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights cannot be set"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, "zero_hpz_partition_size cannot be set"),
+        ({"zero_optimization": {"stage": 0, "cpu_offload": True}}, "cpu_offload cannot be set: it is an old name; use offload_o"),
+        ({"zero_optimization": {"prefetch_bucket_size": 5}}, "did you mean stage3_prefetch_bucket_size?"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: expected 0, 1, 2 or 3, got True"),
+        ({"zero_optimization": {"overlap_comm": "auto"}}, "overlap_comm = 'auto': expected true or false"),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "auto"}},
+            "reduce_bucket_size = 'auto': expected a whole number, 1 or more",
+        ),
+        ({"zero_optimization": {"reduce_bucket_size": 1.5}}, "reduce_bucket_size = 1.5: expected a whole number, 1 or more"),
+        (
+            {"zero_optimization": {"stage": 0, "overlap_comm": True}},
+            "overlap_comm has no effect in stage 0; set stage: 1 or 2 or 3",
+        ),
+        ({"zero_optimization": {"stage": 3, "parameter_alignment": True}}, "parameter_alignment has no effect in stage 3"),
+        ({"zero_optimization": {"sub_group_size": 100}}, "sub_group_size has no effect in stage 1; set stage: 3"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "device = 'nvme': offload to disks is not supported"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "device = 'gpu': expected none or cpu"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "offload_optimizer.ratio cannot be set"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "nvme_path": "x"}}}, "nvme_path cannot be set"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": 1}}}, "pin_memory = 1: expected true or"),
+        ({"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}, "pin_memory has no effect without offload"),
+        ({"zero_optimization": {"offload_optimizer": True}}, "offload_optimizer = True: expected a mapping"),
+    ],
+)
+def test_keys_that_would_fail_or_do_nothing_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        make(deepspeed=given)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("option", ["offload_optimizer", "offload_param"])
+def test_an_option_for_offload_is_not_undone_by_deepspeeds_key(option: str) -> None:
+    def zero(**section: Any) -> dict[str, Any]:
+        return {"stage": 3, option: True, "deepspeed": {"zero_optimization": {option: section}}}
+
+    with pytest.raises(ValidationError, match=f"{option} is true and deepspeed.zero_optimization.{option}.device is none"):
+        make(**zero(device="none"))
+    for section in ({"device": "cpu", "pin_memory": True}, {"pin_memory": True}):
+        settings = deepspeed_settings(make(**zero(**section)), batch_size=8, dtype="float32", max_grad_norm=None)
+        assert settings["zero_optimization"][option] == {"device": "cpu", "pin_memory": True}
+
+
+def test_a_section_that_is_no_mapping_is_said_whatever_else_is_asked() -> None:
+    with pytest.raises(ValidationError, match="zero_optimization: expected a mapping, got 2"):
+        make(on_out_of_memory="halve", deepspeed={"zero_optimization": 2})
+
+
+def test_a_run_records_the_keys_and_not_the_file(tmp_path: Path) -> None:
+    path, keys = tmp_path / "ds.json", {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}
+    path.write_text(json.dumps(keys))
+    config = fedgraft.load_config(None, [f"engine.deepspeed={path}"])
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    again = [config.absolute().engine, config.resolved_engine()]
+    path.unlink()
+    again.append(fedgraft.load_config(yaml.safe_load(dump_config(config.absolute()))).engine)
+    assert [engine.deepspeed for engine in again] == [keys] * 3
+    assert [engine.zero_stage for engine in again] == [2] * 3
+
+
 def test_deepspeeds_own_file_is_read_and_named_in_errors(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "prescale_gradients": True}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "memory_breakdown": True}))
     config = make(deepspeed=path, world_size=2)
     settings = deepspeed_settings(config, batch_size=8, dtype="float32", max_grad_norm=None)
     assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
-    assert settings["prescale_gradients"] is True
+    assert settings["memory_breakdown"] is True
     for text, message in (("[1]", f"expected a JSON object in {path}"), ("{", f"the file {path} cannot be read as JSON")):
         path.write_text(text)
         with pytest.raises(ValidationError) as raised:
