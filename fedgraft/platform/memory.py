@@ -236,7 +236,7 @@ def _buffer_bytes(zero: dict[str, Any], model: ModelPlan, slots: SlotSizes, *, s
     values = bucket * (2 if is_double and stage < 3 else 1) if on_gpu else min(bucket, slots.trained)
     whole = 0
     if stage == 3 and (ranks > 1 or _is_offloaded(zero, "offload_param")):
-        ahead = int(zero.get("stage3_prefetch_bucket_size", zero.get("prefetch_bucket_size", _PREFETCH)))
+        ahead = int(zero.get("stage3_prefetch_bucket_size", _PREFETCH))
         whole = min(model.weight_bytes, model.itemsize * (model.largest_layer + ahead))
     return values * (_WIDE if stage == 1 else model.itemsize) + whole
 

@@ -25,6 +25,7 @@ from fedgraft.moe.families import model_facts
 from fedgraft.moe.sharding import gathered
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
 from fedgraft.protocols import Terms, TrainResult, TrainSpec
+from fedgraft.training.deepspeed_model import DeepSpeedRoot, let_inputs_require_gradients
 from fedgraft.training.expert_parallel import finish_settings, refuse_expert_parallel, spread_experts, spread_tensors
 from fedgraft.training.master_weights import MasterWeights
 from fedgraft.training.ranks import Ranks
@@ -56,18 +57,6 @@ def refuse_slots(slots: Slots, stage: int) -> None:
             "a graft of mode row reads the router's weights outside of the router, which ZeRO stage 3 cannot shard",
             "set engine.stage to 0, 1 or 2, or method.mode to additive or convex",
         )
-
-
-class _Root(nn.Module):
-    """DeepSpeed's view of the model: it runs whatever is asked, so that its hooks see one forward pass a call."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.inner = model
-
-    def forward(self, compute: Callable[[], Any]) -> Any:
-        """Run ``compute``."""
-        return compute()
 
 
 class DeepSpeedEngine:
@@ -127,7 +116,7 @@ class DeepSpeedEngine:
         }
         if self._stage == 3:
             size = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters.values())
-            self._let_inputs_require_gradients()
+            let_inputs_require_gradients(self.model)
             self._shard_weights()
             _log.warning(
                 "ZeRO stage 3: each rank copies its share of the model (%.0f MB of %.0f MB) into private memory; replicas of a "
@@ -350,7 +339,7 @@ class DeepSpeedEngine:
             # It imports PyTorch's compiler, which warns of its own deprecations.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._engine, *_ = deepspeed.initialize(
-                model=_Root(self.model),
+                model=DeepSpeedRoot(self.model),
                 model_parameters=[parameter for group in groups for parameter in group["params"]],  # type: ignore[attr-defined]
                 optimizer=optimizer,
                 config=finish_settings(self._settings, self.model),
@@ -370,20 +359,6 @@ class DeepSpeedEngine:
         for name, buffer in self.model.named_buffers():
             owner, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(owner), last, buffer.to(self.device))
-
-    def _let_inputs_require_gradients(self) -> None:
-        """Give every module an input that asks for a gradient.
-
-        ZeRO 3 lets go of a module's weights when its inputs have theirs; of a first layer whose input asks for none it lets go
-        before the weights' own gradients are there.
-        """
-
-        def ask(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if torch.is_grad_enabled():
-                output.requires_grad_(True)
-
-        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-        embeddings.register_forward_hook(ask)
 
     def _start_afresh(self) -> None:
         """Build DeepSpeed's engine anew after a step that broke off: its gradient buffers may hold half of one.

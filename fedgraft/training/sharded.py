@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from fedgraft.moe.sharding import gathered
 from fedgraft.seeding import derive_seed
 from fedgraft.training.balance import RouterBalance
 from fedgraft.training.config import EngineConfig, deepspeed_settings
+from fedgraft.training.deepspeed_model import DeepSpeedRoot, let_inputs_require_gradients
 from fedgraft.training.pretrain import PretrainSpec, learning_rate_at, parameter_groups
 from fedgraft.training.ranks import Ranks
 from fedgraft.training.step import part_of_batch, response_loss, to_device
@@ -69,18 +69,6 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     num_tokens: int
-
-
-class _Root(nn.Module):
-    """DeepSpeed's view of the model: it runs whatever is asked, so that its hooks see one forward pass a call."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.inner = model
-
-    def forward(self, compute: Callable[[], Any]) -> Any:
-        """Run ``compute``."""
-        return compute()
 
 
 class ShardedTraining:
@@ -258,26 +246,16 @@ class ShardedTraining:
         groups = [group for group in parameter_groups(self.model, spec.training.weight_decay) if group["params"]]
         optimizer = torch.optim.AdamW(groups, lr=spec.training.learning_rate, betas=spec.training.betas, eps=1e-8)
         if spec.zero_stage == 3:
-            self._let_inputs_require_gradients()
+            let_inputs_require_gradients(self.model)
         with _without_compiler_warnings():
             engine, *_ = deepspeed.initialize(
-                model=_Root(self.model),
+                model=DeepSpeedRoot(self.model),
                 model_parameters=[parameter for group in groups for parameter in group["params"]],
                 optimizer=optimizer,
                 config=settings,
                 dist_init_required=False,
             )
         return engine
-
-    def _let_inputs_require_gradients(self) -> None:
-        """ZeRO 3 lets go of a first layer whose input asks for no gradient before the layer's own gradients are there."""
-
-        def ask(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            if torch.is_grad_enabled() and output.is_leaf:
-                output.requires_grad_(True)
-
-        embeddings: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
-        embeddings.register_forward_hook(ask)
 
 
 def check_checkpoint(folder: Path, *, world_size: int, zero_stage: int) -> int:

@@ -101,6 +101,15 @@ def test_a_dry_run_shows_config_and_plan_and_runs_nothing(run: FakeRun) -> None:
     assert run.calls == []
 
 
+def test_a_dry_run_that_cannot_fit_shows_the_plan_and_ends_with_code_2(run: FakeRun) -> None:
+    result = RUNNER.invoke(app, ["run", "--dry-run", "federation.batch_size=60000", "data.max_length=1024"])
+    assert result.exit_code == 2
+    assert "memory of a rank" in result.output
+    assert "federation.batch_size" in result.output
+    assert "engine.gradient_accumulation_steps=" in result.output
+    assert run.calls == []
+
+
 def test_all_problems_are_shown_once_with_exit_code_2(run: FakeRun) -> None:
     result = RUNNER.invoke(app, ["run", "federation.round=3", "method.name=flxe", "seeds=[x]"])
     assert result.exit_code == 2
