@@ -45,8 +45,8 @@ Progress = Callable[[int, int, float], None]
 
 _FORMAT = 1  # goes up when the code below changes what comes out of the same settings
 _NOTES = "pretrain.json"
-_SPECIAL = ("<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
-_CHAT_TEMPLATE = (
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
     "{{ '<|end|>\n' if m['role'] == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -145,7 +145,7 @@ def bundled_hash(recipe: BundledRecipe) -> str:
         "corpus": corpus_fingerprint(),
         "recipe": asdict(recipe),
         "config": bundled_hf_config(recipe.sizes).to_dict(),
-        "template": [_CHAT_TEMPLATE, *_SPECIAL],
+        "template": [CHAT_TEMPLATE, *SPECIAL_TOKENS],
         "versions": _versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -238,7 +238,7 @@ def _train_tokenizer(examples: Sequence[CorpusExample], sizes: ModelSizes) -> Pr
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=sizes.vocab_size,
-        special_tokens=list(_SPECIAL),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -249,7 +249,7 @@ def _train_tokenizer(examples: Sequence[CorpusExample], sizes: ModelSizes) -> Pr
         bos_token="<|bos|>",
         eos_token="<|end|>",
         additional_special_tokens=["<|user|>", "<|assistant|>", "<|system|>"],
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=sizes.max_positions,
     )

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from fedgraft.platform.loading import _apply_overrides, _expanded, _nearest, _read, _to_yaml
+from fedgraft.platform.draft import apply_overrides, expanded, nearest_path, read_draft, to_yaml
 from fedgraft.platform.pretraining.config import PretrainConfig
 from fedgraft.platform.validation import Found, key_places, show_value, validate
 
 __all__ = ["dump_pretrain_config", "load_pretrain_config"]
 
-_PACKAGED = Path(__file__).parent.parent / "pretrain.yaml"
+_PACKAGED = "pretrain.yaml"
 
 
 def load_pretrain_config(source: Path | str | Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -25,23 +25,21 @@ def load_pretrain_config(source: Path | str | Mapping[str, Any] | None = None, o
     Raises:
         ConfigError: Anything is wrong; it carries every problem with its key path.
     """
-    draft = _read(source if source is not None else _PACKAGED)
-    if source is None:
-        draft.source = f"{_PACKAGED.name} (packaged)"
-    _apply_overrides(draft, overrides)
+    draft = read_draft(source, _PACKAGED)
+    apply_overrides(draft, overrides)
     config, found = validate(PretrainConfig, draft.tree, (), key_places(PretrainConfig))
     draft.found += found
     if config is not None:
         for section in ("data", "tokenizer"):
             given = getattr(config, section).path
             if given is not None and not given.expanduser().exists():
-                shown, hint = show_value(str(given)), _nearest(given)
+                shown, hint = show_value(str(given)), nearest_path(given)
                 draft.found.append(Found(path=(section, "path"), value=shown, expected="a file or folder that exists", hint=hint))
     if draft.found or config is None:
         raise draft.error()
-    return cast(PretrainConfig, _expanded(config))
+    return cast(PretrainConfig, expanded(config))
 
 
 def dump_pretrain_config(config: PretrainConfig) -> str:
     """Write a configuration as YAML, only what was set; ``load_pretrain_config`` of it gives an equal one."""
-    return _to_yaml(config.model_dump(mode="json", exclude_unset=True))
+    return to_yaml(config.model_dump(mode="json", exclude_unset=True))

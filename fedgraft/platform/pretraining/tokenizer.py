@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedgraft.data.tokenise import load_tokenizer
 from fedgraft.errors import DataError
-from fedgraft.platform.bundled_model import _CHAT_TEMPLATE as CHAT_TEMPLATE
-from fedgraft.platform.bundled_model import _SPECIAL as SPECIAL_TOKENS
+from fedgraft.platform.bundled_model import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 __all__ = ["MIN_VOCABULARY", "take_tokenizer", "train_tokenizer"]
 
