@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -16,12 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from fedgraft.types import (
+    PRIVATE,
     SHARED,
     AdapterSpec,
+    Assignment,
     Batch,
     ClientTask,
     ClientUpdate,
     EvaluationTask,
+    Federation,
     Group,
     ModelFacts,
     ParamRef,
@@ -36,8 +40,10 @@ from fedgraft.types import (
 __all__ = [
     "AdapterConfig",
     "Engine",
+    "LocalTrain",
     "Method",
     "MethodConfig",
+    "Objective",
     "Reduced",
     "Session",
     "TrainResult",
@@ -109,6 +115,20 @@ class TrainResult:
 
 Terms: TypeAlias = Callable[[Batch, Any], Mapping[str, torch.Tensor]]
 
+Objective: TypeAlias = Callable[[nn.Module, Batch, int | None], tuple[torch.Tensor, Any]]
+"""Model, part of a batch on its device, label tokens of the whole batch (``None``: the part is the whole) -> loss and output.
+
+The loss is a mean over label tokens, nats; of a part, the sum over its label tokens divided by the whole's. The output is what
+``terms`` gets, as ``fedgraft.training.step.response_loss`` gives it.
+"""
+
+
+class LocalTrain(Protocol):
+    """Runs the standard local loop; what is not given is as the task says."""
+
+    def __call__(self, *, keys: Sequence[str] | None = None, batches: Iterable[Batch] | None = None) -> TrainResult:
+        """Train the slots of ``keys`` on ``batches``, from fresh moments (or those kept from the last round)."""
+
 
 class Engine(Protocol):
     """A model with slots on some device: tensors are loaded into it, trained, and read back.
@@ -143,6 +163,7 @@ class Engine(Protocol):
         *,
         seed: int,
         terms: Terms | None = None,
+        objective: Objective | None = None,
         after_backward: Callable[[int], None] | None = None,
         optimizer_state: Params | None = None,
         keep_optimizer_state: Sequence[str] = (),
@@ -155,6 +176,7 @@ class Engine(Protocol):
             keys: Slots to train.
             seed: For dropout.
             terms: Gives extra loss terms by name from the batch and the model's output.
+            objective: Computes the loss in the place of the response-only cross-entropy.
             after_backward: Called with the step, from 0, between backward and clipping; may change gradients.
             optimizer_state: Moments to start from, as ``keep_optimizer_state`` gave them.
             keep_optimizer_state: Keys whose moments the result carries.
@@ -187,7 +209,8 @@ class Session(Protocol):
 
     ``private`` is its private state by key: the slots of group private, and whatever else the method keeps there; hooks may
     change it, the platform stores it. ``diagnostics`` takes JSON values for the report, by kind. ``received`` and
-    ``received_extras`` are what the server sent for this task.
+    ``received_extras`` are what the server sent for this task, by slot and by extra. ``scratch`` is for what hooks of one task
+    tell each other; it is gone when the task ends.
     """
 
     engine: Engine
@@ -197,6 +220,7 @@ class Session(Protocol):
     received: Params
     received_extras: Params
     groups: Mapping[str, Group]
+    scratch: dict[str, Any]
 
     @property
     def num_train_examples(self) -> int:
@@ -214,6 +238,9 @@ class Session(Protocol):
     def calibration_batches(self, num_examples: int) -> list[Batch]:
         """At most ``num_examples`` of the client's training examples, the same ones in every round."""
 
+    def validation_batches(self, num_examples: int | None = None) -> list[Batch]:
+        """The client's validation examples, or the first ``num_examples`` of them; no method trains on them."""
+
     def retention_batches(self, num_examples: int) -> list[Batch]:
         """At most ``num_examples`` of the held-out general set; empty where there is none."""
 
@@ -223,11 +250,13 @@ class Weights:
     """Weight of each client's tensors in the sum, in cohort order.
 
     ``default`` holds one weight a client, >= 0; ``by_key`` replaces it for single keys. A key's mean is over the clients
-    that sent it with a weight above 0; where there are none the server keeps its value.
+    that sent it with a weight above 0; where there are none the server keeps its value. Keys are the server's names.
+    ``spread`` sums a tensor under other names than its own, e.g. once for each cluster, each with weights of its own.
     """
 
     default: tuple[float, ...]
     by_key: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    spread: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, key: str) -> tuple[float, ...]:
         """The weights of one key, in cohort order."""
@@ -250,6 +279,13 @@ class Method(ABC):
     ``summary`` (one line), ``reconstructed`` (what is ours where the source is silent; empty if nothing is).
     ``uses_batch_statistics`` says that a loss term is no mean over tokens, so that a batch must not be cut into parts.
     ``is_centralised`` says that its slots are trained on all clients' pooled examples before anything is judged.
+    ``keeps_client_state`` says that clients keep something beside private slots. ``budget_use``: what a client's budget bounds,
+    ``holds`` (the experts of its assignment) or ``trains`` (experts that one local step may change), or ``none``.
+    ``needs_whole_model`` says that hooks look into MoE blocks while they run, which sharded weights and experts do not allow.
+    ``is_slots_only`` says that a client's model is the base and its slots' values, so that it can be exported; not where masks,
+    gates or counts of ``build`` belong to it.
+
+    ``federation`` is there in all hooks of the server's half, and in no hook of the client's.
     """
 
     name: ClassVar[str]
@@ -259,7 +295,12 @@ class Method(ABC):
     reconstructed: ClassVar[str] = ""
     uses_batch_statistics: ClassVar[bool] = False
     is_centralised: ClassVar[bool] = False
+    keeps_client_state: ClassVar[bool] = False
+    budget_use: ClassVar[Literal["none", "holds", "trains"]] = "none"
+    needs_whole_model: ClassVar[bool] = False
+    is_slots_only: ClassVar[bool] = True
     config_class: ClassVar[type[MethodConfig]]
+    federation: Federation
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config
@@ -284,6 +325,10 @@ class Method(ABC):
         """Whether the local optimiser's moments of a private slot are kept from round to round; by default none are."""
         return False
 
+    def is_personal(self, groups: Mapping[str, Group]) -> bool:
+        """Whether clients end with models of their own; by default where some slot is private."""
+        return any(group == PRIVATE for group in groups.values())
+
     # The server's half.
 
     def num_rounds(self, configured: int) -> int:
@@ -302,8 +347,19 @@ class Method(ABC):
         """Change the cohort that the configured sampler drew."""
         return cohort
 
+    def assign(self, state: ServerState, plan: RoundPlan, cohort: tuple[int, ...]) -> Mapping[int, Assignment]:
+        """Decide together which experts each client of the cohort holds; a client that is not named holds all.
+
+        What a client does not hold is not sent to it, and is masked in its model.
+        """
+        return {}
+
     def task(self, state: ServerState, task: ClientTask) -> ClientTask:
-        """Change what one client is sent and asked: keys, assignment, extras. By default it gets every parameter."""
+        """Change what one client is sent and asked: keys, addresses, extras. By default it gets what its assignment holds."""
+        return task
+
+    def evaluation(self, state: ServerState, task: EvaluationTask) -> EvaluationTask:
+        """Change what a model is judged with: keys, addresses, assignment, extras. By default every parameter."""
         return task
 
     def weigh(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Weights:
@@ -322,6 +378,24 @@ class Method(ABC):
         The engine then holds the untouched base model.
         """
 
+    def request(self, session: Session) -> Mapping[str, str]:
+        """Let the client ask for more of the broadcast: slots, with the server's names of what it wants there.
+
+        Called in training and in evaluation once everything else is loaded.
+        """
+        return {}
+
+    def build(self, session: Session) -> AbstractContextManager[object]:
+        """Set up what no tensor carries (masks, gates, counts) for this client; undone when its task ends.
+
+        Called in training and in evaluation after all slots are loaded; may load others with ``session.engine.load``.
+        """
+        return nullcontext()
+
+    def objective(self, session: Session) -> Objective | None:
+        """Compute the loss of local training in another way than the response-only cross-entropy of one forward pass."""
+        return None
+
     def terms(self, session: Session, batch: Batch, output: Any) -> Mapping[str, torch.Tensor]:
         """Extra loss terms by name; added to the response-only cross-entropy."""
         return {}
@@ -332,9 +406,13 @@ class Method(ABC):
         They are those of the whole batch, whatever parts or ranks it was cut into; ``.grad`` itself is empty in some engines.
         """
 
-    def local(self, session: Session, train: Callable[[], TrainResult]) -> TrainResult:
+    def local(self, session: Session, train: LocalTrain) -> TrainResult:
         """Train locally; ``train()`` runs the standard loop."""
         return train()
+
+    def uploads(self, session: Session, keys: Sequence[str]) -> Sequence[str]:
+        """Choose which of the trained keys are sent back, after local training; by default all of them."""
+        return keys
 
     def reply(self, session: Session, update: ClientUpdate) -> tuple[ClientUpdate, Params]:
         """Add statistics and diagnostics to the small half of the reply, and give the extras to send beside the delta."""

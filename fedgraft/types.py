@@ -22,6 +22,7 @@ __all__ = [
     "PRIVATE",
     "SHARED",
     "AdapterSpec",
+    "Assignment",
     "Batch",
     "Broadcast",
     "Budget",
@@ -32,9 +33,11 @@ __all__ = [
     "EvaluationReply",
     "EvaluationRow",
     "EvaluationTask",
+    "Federation",
     "GraftSpec",
     "Group",
     "GroupKind",
+    "MixtureSpec",
     "ModelFacts",
     "ParamRef",
     "Params",
@@ -49,6 +52,9 @@ __all__ = [
 
 Params: TypeAlias = dict[str, torch.Tensor]
 """Tensors by key. A key names a whole parameter of the model, or one expert's slice of a fused one, or an extra."""
+
+Assignment: TypeAlias = Mapping[int, tuple[int, ...]]
+"""Experts that a client holds, ascending, by the model's layer index; a layer that is not named keeps all of its experts."""
 
 IGNORE_INDEX = -100
 """Label of a position that the loss does not count (prompt and padding), as in PyTorch's cross-entropy."""
@@ -210,16 +216,38 @@ class GraftSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureSpec:
+    """A mixture of LoRA experts beside linear maps of the attention: ``num_slots`` of them at each map in ``targets``.
+
+    ``targets`` are last names of attention projections (``q_proj``). ``gate`` ``token``: each module scores its slots for every
+    token by a projection of its own (FedAMoLE); ``example``: whoever runs the model gives one weight an example and slot, the
+    same in all modules. ``has_shared`` adds one LoRA that is always on. Rank >= 1; updates are scaled by ``alpha / rank``;
+    ``dropout`` in [0, 1) acts on the LoRA inputs; ``top_k`` slots are used a token or example.
+    """
+
+    num_slots: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    top_k: int
+    gate: Literal["token", "example"] = "token"
+    has_shared: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Slots:
-    """What a replica's model is built with, once, for a method: adapters, grafts, and parts trained in full.
+    """What a replica's model is built with, once, for a method: adapters, grafts, a mixture, and parts trained in full.
 
     ``full`` names parts (``experts``, ``router``, ``attention``) whose own weights are copied out of the shared base
-    and trained.
+    and trained. ``splits_router`` lists a router that is trained in full once per expert, row by row, instead of whole.
     """
 
     adapters: tuple[AdapterSpec, ...] = ()
     graft: GraftSpec | None = None
+    mixture: MixtureSpec | None = None
     full: tuple[str, ...] = ()
+    splits_router: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,11 +291,43 @@ class Weighted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """What one client may hold and spend: ``None`` is no limit. Experts per layer, bytes held, FLOPs a round."""
+    """What one client may hold and spend; ``None`` is no limit.
+
+    ``experts_per_layer`` is the mean over MoE layers: a client holds at most that times L routed experts. ``memory_bytes``
+    counts what it holds (weights, gradients, moments), ``flops`` what a round of local training costs it.
+    """
 
     experts_per_layer: int | None = None
     memory_bytes: int | None = None
     flops: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Federation:
+    """What a method's server half may know of the federation, the same in every round.
+
+    ``refs`` and ``groups`` are the model's slots and their groups by key. ``num_examples`` counts each client's training
+    examples; ``labels`` counts them by label (categories of the data): what a method that claims not to know labels must not
+    read. ``budgets`` has one entry a client, or none at all.
+    """
+
+    facts: ModelFacts
+    refs: tuple[ParamRef, ...]
+    groups: Mapping[str, Group]
+    run_seed: int
+    rounds: int
+    num_examples: tuple[int, ...]
+    labels: tuple[Mapping[str, int], ...] = ()
+    budgets: tuple[Budget, ...] = ()
+
+    @property
+    def num_clients(self) -> int:
+        """Clients of the population."""
+        return len(self.num_examples)
+
+    def budget(self, client_id: int) -> Budget | None:
+        """A client's budget; ``None`` where the run sets none."""
+        return self.budgets[client_id] if self.budgets else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -297,8 +357,11 @@ class RoundPlan:
 class ClientTask:
     """One client's work in one round.
 
-    ``keys`` and ``extra_keys`` name what of the broadcast goes to this client, and are charged to its ledger;
-    ``extras`` are tensors for this client alone. ``assignment`` gives the experts it holds, by layer (``None``: all).
+    ``keys`` are the slots it receives, trains and sends; ``extra_keys`` the extras of the broadcast that go to it; both are
+    charged to its ledger. ``addresses`` says under which name the server keeps a slot's tensor, where it is not the slot's key
+    (the seventh expert of a pool in a client's second slot). ``extras`` are tensors for this client alone. ``assignment`` gives
+    the experts it holds, by layer (``None``: all); others are masked in its model. ``publishes`` are private slots, or other
+    names of its private state, that the method lets this client send in this round, as extras.
     ``state_version`` is the round whose private state it starts from (``None``: it has none yet, and is set up first).
     ``hashes_frozen`` asks for the hash of the frozen tensors after training. ``num_parts`` is how many parts a batch is cut
     into, where the client ran out of memory before (``None``: as configured).
@@ -309,8 +372,10 @@ class ClientTask:
     keys: tuple[str, ...]
     extra_keys: tuple[str, ...] = ()
     extras: Params = field(default_factory=dict)
-    assignment: Mapping[int, tuple[int, ...]] | None = None
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    assignment: Assignment | None = None
     budget: Budget | None = None
+    publishes: tuple[str, ...] = ()
     state_version: int | None = None
     hashes_frozen: bool = False
     num_parts: int | None = None
@@ -345,7 +410,8 @@ class ClientUpdate:
     ``expert_tokens`` (L, E) int64 counts the tokens that local training routed to each expert. ``statistics`` are the
     small tensors a method weighs updates by. ``metrics`` are sums with weights. ``state_version`` is the round whose
     private state this update wrote, ``None`` if the client has none. ``diagnostics`` are JSON values for the report.
-    ``num_parts`` is how many parts its batches were cut into.
+    ``num_parts`` is how many parts its batches were cut into. ``assignment`` is the task's. ``requested`` are slots that the
+    client asked for itself, with the server's names of what it put there; they are charged to its ledger as well.
     """
 
     client_id: int
@@ -360,6 +426,8 @@ class ClientUpdate:
     diagnostics: Mapping[str, object] = field(default_factory=dict)
     seconds: float = 0.0
     num_parts: int = 1
+    assignment: Assignment | None = None
+    requested: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -393,7 +461,8 @@ class EvaluationTask:
     metrics: tuple[str, ...] = ("nll", "token_accuracy")
     extra_keys: tuple[str, ...] = ()
     extras: Params = field(default_factory=dict)
-    assignment: Mapping[int, tuple[int, ...]] | None = None
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    assignment: Assignment | None = None
     state_version: int | None = None
 
 

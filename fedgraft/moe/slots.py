@@ -209,6 +209,20 @@ def _references(model: nn.Module, layers: tuple[MoELayer, ...], slots: Slots) ->
             continue
         index = layer.index if layer is not None else None
         shape = tuple(parameter.shape)
+        if part == "router" and adapter is None and slots.splits_router:
+            for expert in range(num_experts):
+                yield ParamRef(
+                    key=f"{name}[{expert}]",
+                    name=name,
+                    part=part,
+                    shape=(1, *shape[1:]),
+                    layer=index,
+                    expert=expert,
+                    dim=0,
+                    start=expert,
+                    stop=expert + 1,
+                )
+            continue
         if part != "experts":
             yield ParamRef(key=name, name=name, part=part, shape=shape, adapter=adapter, layer=index)
             continue

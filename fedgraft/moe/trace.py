@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from fedgraft.moe.families import MoELayer, moe_layers
 from fedgraft.moe.graft import without_grafts
+from fedgraft.moe.routing import expert_probabilities
 from fedgraft.moe.sharding import gathered
 from fedgraft.types import Batch
 
-__all__ = ["RoutingTrace", "trace_routing", "visit_blocks"]
+__all__ = ["RouterWatch", "RoutingTrace", "trace_routing", "visit_blocks"]
 
 
 def visit_blocks(
@@ -63,6 +64,39 @@ class RoutingTrace:
     def counts(self) -> torch.Tensor:
         """Tokens sent to each expert, (E,) int64; they sum to T * K."""
         return torch.bincount(self.chosen.reshape(-1), minlength=self.num_experts)
+
+
+class RouterWatch:
+    """Keeps what every router of a model gave in the last forward pass, with its graph; a context manager.
+
+    ``logits`` (T, E) and ``chosen`` (T, K) by layer index, T all tokens of the batch row by row, padding among them; masks and
+    adapters have acted by then.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {layer.index: layer for layer in moe_layers(model)}
+        self._handles: list[Any] = []
+        self.logits: dict[int, torch.Tensor] = {}
+        self.chosen: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> Self:
+        for index, layer in self._layers.items():
+
+            def note(router: nn.Module, args: object, output: tuple[torch.Tensor, ...], index: int = index) -> None:
+                self.logits[index], self.chosen[index] = output[0], output[-1]
+
+            self._handles.append(layer.router.register_forward_hook(note))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.logits.clear()
+        self.chosen.clear()
+
+    def probabilities(self, index: int) -> torch.Tensor:
+        """Each expert's share of a token if all were chosen, (T, E), float32; 0 where it is masked."""
+        return expert_probabilities(self._layers[index].family.rule, self.logits[index])
 
 
 def trace_routing(model: nn.Module, batches: Iterable[Batch], *, with_grafts: bool = True) -> dict[int, RoutingTrace]:

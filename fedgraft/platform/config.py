@@ -244,6 +244,12 @@ class RunConfig(_Frozen):
                 max_grad_norm=self.training.max_grad_norm,
             )
         for label, method in self.methods().items():
+            is_spread = engine.name == "deepspeed" and (engine.zero_stage == 3 or (engine.expert_parallel_size or 1) > 1)
+            if is_spread and METHODS.get(method.name).needs_whole_model:
+                raise ValueError(
+                    f"{label} looks into MoE blocks while they run, which neither ZeRO stage 3 nor expert parallelism allow; "
+                    "set engine.stage to 0, 1 or 2 and engine.expert_parallel_size to 1"
+                )
             is_cut = engine.world_size > 1 or engine.gradient_accumulation_steps > 1 or engine.on_out_of_memory == "halve"
             if is_cut and METHODS.get(method.name).uses_batch_statistics:
                 raise ValueError(

@@ -9,8 +9,8 @@ from typing import Any
 from fedgraft.actors.hosting import Pool
 from fedgraft.errors import FedgraftError
 from fedgraft.platform.config import EvaluationConfig
+from fedgraft.protocols import Method
 from fedgraft.types import (
-    PRIVATE,
     Broadcast,
     EvaluationReply,
     EvaluationRow,
@@ -39,12 +39,13 @@ class Found:
 class Evaluator:
     """Sends evaluation tasks to the replicas and gathers their rows.
 
-    Personal models are the server's parameters with a client's private state. Where a method has none, the global model is
-    every client's, and is judged once for both views.
+    Personal models are what a method makes of the server's parameters and a client's private state. Where it makes none, the
+    global model is every client's, and is judged once for both views.
 
     Args:
         pool: Replicas that host the run's worker.
         config: When and how.
+        method: Whose models they are; it may change what each is judged with.
         groups: Groups of the slots.
         num_clients: Size of the population.
         is_search: Judge on the validation split, NLL only.
@@ -55,6 +56,7 @@ class Evaluator:
         *,
         pool: Pool,
         config: EvaluationConfig,
+        method: Method,
         groups: Mapping[str, Group],
         num_clients: int,
         is_search: bool,
@@ -63,7 +65,9 @@ class Evaluator:
         self._config = config
         self._num_clients = num_clients
         self._is_search = is_search
-        self._has_private = any(group == PRIVATE for group in groups.values())
+        self._method = method
+        self._keys = frozenset(groups)
+        self._has_private = method.is_personal(groups)
         self._has_shared = any(group.is_sent for group in groups.values())
 
     def judge(self, state: ServerState, versions: Mapping[int, int], round_idx: int, *, is_last: bool) -> Found:
@@ -107,16 +111,17 @@ class Evaluator:
             general = ("retention", "choice") if asks else ("retention",)
 
         def make(client_id: int | None, view: Any, tasks: tuple[str, ...], names: tuple[str, ...]) -> EvaluationTask:
-            return EvaluationTask(
+            task = EvaluationTask(
                 round_idx=round_idx,
                 view=view,
                 tasks=tasks,
-                keys=tuple(state.params),
+                keys=tuple(key for key in state.params if key in self._keys),
                 client_id=client_id,
                 split="validation" if self._is_search else "test",
                 metrics=names,
                 state_version=None if client_id is None or view == "global" else versions.get(client_id),
             )
+            return self._method.evaluation(state, task)
 
         found: list[EvaluationTask] = []
         has_personal = self._has_private and round_idx > 0

@@ -89,6 +89,12 @@ def export(
     info = _read_info(folder)
     config, method = _read_method(folder, info)
     _check_client(folder, info, client)
+    if not method.is_slots_only:
+        raise FedgraftError(
+            f"{folder}: a model of {method.title} is more than weights: {method.name} sets masks, gates or mixtures that neither "
+            "PEFT nor transformers know",
+            f"use it where it was trained: the checkpoints in {RunFolder(folder).checkpoint_folder} are safetensors",
+        )
     default = folder / "exports" / (("global" if client is None else f"client-{client}") + ("-merged" if merge else ""))
     target = (default if output is None else Path(output)).absolute()
     _check_output(target)
@@ -263,7 +269,8 @@ def _personal(
     client: int | None,
 ) -> Params:
     """What is loaded over the start values: the server's tensors, then the client's own."""
-    params = dict(checkpoint.state.params)
+    known = {ref.key for ref in refs}
+    params = {key: value for key, value in checkpoint.state.params.items() if key in known}
     private = [ref.key for ref in refs if method.group(ref) == PRIVATE]
     if client is None or not private:
         return params

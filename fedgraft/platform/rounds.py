@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 
 from fedgraft.actors.hosting import Finished, LostResult, Pool
 from fedgraft.aggregation.reduce import TreeSum, leaf
-from fedgraft.errors import CheckpointError, GroupViolation, QuorumError, RunInterrupted, UpdateError
+from fedgraft.data.prepared import PreparedData
+from fedgraft.errors import CheckpointError, GroupViolation, MethodError, QuorumError, RunInterrupted, UpdateError
 from fedgraft.platform.checkpoint import Checkpoint, load_latest, save
 from fedgraft.platform.config import EvaluationConfig, FederationConfig
 from fedgraft.platform.evaluation import Evaluator
@@ -30,7 +32,20 @@ from fedgraft.platform.tracking import Tracker
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import Method, Reduced, Weights, merge_metrics
 from fedgraft.registry import METHODS
-from fedgraft.types import PRIVATE, Broadcast, ClientFailure, ClientTask, ClientUpdate, Group, RoundPlan, ServerState, TensorInfo
+from fedgraft.types import (
+    Assignment,
+    Broadcast,
+    Budget,
+    ClientFailure,
+    ClientTask,
+    ClientUpdate,
+    Federation,
+    Group,
+    GroupKind,
+    RoundPlan,
+    ServerState,
+    TensorInfo,
+)
 
 __all__ = ["RoundLoop", "RunJob"]
 
@@ -42,7 +57,7 @@ class RunJob:
     """One run of one method: what the loop needs beside a pool.
 
     ``purpose`` ``search`` judges on the validation split only and decodes nothing. ``start`` is a safetensors file of slot values
-    that the server begins with (``None``: the start values of the slots).
+    that the server begins with (``None``: the start values of the slots). ``budgets`` has one entry a client, or none.
     """
 
     label: str
@@ -56,6 +71,7 @@ class RunJob:
     evaluation: EvaluationConfig
     checkpoint_every: int
     start: Path | None = None
+    budgets: tuple[Budget, ...] = ()
 
 
 class RoundLoop:
@@ -103,15 +119,17 @@ class RoundLoop:
             RunInterrupted: It was asked to stop; the run can be resumed.
             GroupViolation: A frozen tensor changed.
         """
-        job = self._job
+        job, method = self._job, self._method
         self._pool.host(job.worker.build)
         facts = self._pool.call("describe")
         self._groups = facts[0]["groups"]
+        method.federation = self._federation(facts[0])
         frozen = facts[0]["frozen_hash"]
-        rounds = self._method.num_rounds(job.rounds)
+        rounds = method.num_rounds(job.rounds)
         evaluator = Evaluator(
             pool=self._pool,
             config=job.evaluation,
+            method=method,
             groups=self._groups,
             num_clients=job.num_clients,
             is_search=job.purpose == "search",
@@ -141,7 +159,7 @@ class RoundLoop:
             engine=job.worker.engine.model_dump(mode="json"),
             device=facts[0]["device"],
             rounds=rounds,
-            has_private=any(group == PRIVATE for group in self._groups.values()),
+            has_private=method.is_personal(self._groups),
             has_shared=any(group.is_sent for group in self._groups.values()),
         )
         for round_idx in range(done + 1, rounds + 1):
@@ -151,6 +169,22 @@ class RoundLoop:
         self._check_frozen(frozen, [fact["frozen_hash"] for fact in self._pool.call("describe")])
         self._folder.write_info(frozen_hash_end=frozen, failures=self._failures)
         return state
+
+    def _federation(self, facts: Mapping[str, Any]) -> Federation:
+        """What the method's server half may know: sizes, slots, and how many examples of which label each client has."""
+        job = self._job
+        data = PreparedData.open(job.worker.data_folder)
+        clients = data.manifest.clients[: job.num_clients]
+        return Federation(
+            facts=facts["facts"],
+            refs=facts["refs"],
+            groups=facts["groups"],
+            run_seed=job.worker.run_seed,
+            rounds=self._method.num_rounds(job.rounds),
+            num_examples=tuple(client.train.stop - client.train.start for client in clients),
+            labels=tuple(client.train.histogram for client in clients),
+            budgets=job.budgets,
+        )
 
     def _first_state(self) -> ServerState:
         """The state before round 1; what comes trained from elsewhere is kept as a checkpoint at once."""
@@ -169,7 +203,9 @@ class RoundLoop:
         plan = method.plan(state, default)
         drawn = sample_cohort(job.worker.run_seed, round_idx, job.num_clients, job.federation.cohort_size)
         cohort = method.select(state, plan, drawn)
-        tasks = [self._task(state, plan, client_id, is_last=round_idx == rounds) for client_id in cohort]
+        assignments = method.assign(state, plan, cohort)
+        is_last = round_idx == rounds
+        tasks = [self._task(state, plan, client_id, assignments.get(client_id), is_last=is_last) for client_id in cohort]
         shared = self._pool.share(Broadcast(round_idx=round_idx, params=state.params, extras=state.extras))
         outcomes, handles, rows = self._train(tasks, state, shared)
         updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
@@ -193,17 +229,23 @@ class RoundLoop:
             save(self._folder.checkpoint_folder, checkpoint, store=self._store)
         return new_state
 
-    def _task(self, state: ServerState, plan: RoundPlan, client_id: int, *, is_last: bool) -> ClientTask:
+    def _task(
+        self, state: ServerState, plan: RoundPlan, client_id: int, assignment: Assignment | None, *, is_last: bool
+    ) -> ClientTask:
         task = ClientTask(
             client_id=client_id,
             plan=plan,
-            keys=tuple(state.params),
+            keys=tuple(key for key in state.params if key in self._groups and _is_held(self._groups[key], assignment)),
             extra_keys=tuple(state.extras),
+            assignment=assignment,
+            budget=self._method.federation.budget(client_id),
             state_version=self._versions.get(client_id),
             hashes_frozen=is_last,
             num_parts=self._known_parts(client_id, plan.round_idx),
         )
-        return self._method.task(state, task)
+        task = self._method.task(state, task)
+        check_task(task, self._groups, state)
+        return task
 
     def _train(
         self, tasks: Sequence[ClientTask], state: ServerState, shared: Any
@@ -225,7 +267,8 @@ class RoundLoop:
                     self._note_parts(task, outcome)
                 handles[position] = finished.handle
                 num_tries = finished.num_tries
-                rows[position] += _charge(task, sent[position], outcomes[position], num_tries=num_tries, attempt=attempt)
+                down = (*sent[position], *self._describe_requested(outcome, state))
+                rows[position] += _charge(task, down, outcomes[position], num_tries=num_tries, attempt=attempt)
                 is_over[position] = finished.error is not None  # the pool has tried it max_failures times already
             left = [i for i in left if isinstance(outcomes[i], ClientFailure) and not is_over[i]]
             if not left:
@@ -266,13 +309,17 @@ class RoundLoop:
         if error is None:
             if (outcome.client_id, outcome.round_idx) != (task.client_id, task.round_idx):
                 error = f"the reply is of client {outcome.client_id} in round {outcome.round_idx}"
-            known = set(task.keys)
-            unknown = [info.key for info in outcome.payload if info.group in ("shared", "assigned") and info.key not in known]
+            known = set(task.keys) | set(outcome.requested)
+            params = [info for info in outcome.payload if info.group in ("shared", "assigned")]
+            unknown = [info.key for info in params if info.key not in known]
+            unknown += [name for name in outcome.requested.values() if name not in state.params]
             if unknown:
                 error = f"the reply has tensors that were not sent to this client: {', '.join(unknown[:3])}"
-            for info in outcome.payload:
-                if info.key in state.params and info.shape != tuple(state.params[info.key].shape):
-                    error = f"{info.key} has shape {info.shape}, sent was {tuple(state.params[info.key].shape)}"
+            else:
+                for info in params:
+                    expected = tuple(state.params[_address(task, outcome, info.key)].shape)
+                    if info.shape != expected:
+                        error = f"{info.key} has shape {info.shape}, sent was {expected}"
         if error is None:
             return outcome  # type: ignore[no-any-return]
         stage = "replica" if finished.error is not None else "reply"
@@ -281,9 +328,15 @@ class RoundLoop:
     def _describe_sent(self, task: ClientTask, state: ServerState) -> tuple[TensorInfo, ...]:
         """List what goes down to a client: parameters by group, extras."""
         return (
-            *describe({key: state.params[key] for key in task.keys}, self._groups),
+            *describe({key: state.params[task.addresses.get(key, key)] for key in task.keys}, self._groups),
             *describe({key: state.extras[key] for key in task.extra_keys} | task.extras, {}, kind="extras"),
         )
+
+    def _describe_requested(self, outcome: ClientUpdate | ClientFailure, state: ServerState) -> tuple[TensorInfo, ...]:
+        """List what a client asked for itself, in a second exchange of the round."""
+        if isinstance(outcome, ClientFailure):
+            return ()
+        return describe({key: state.params[name] for key, name in outcome.requested.items()}, self._groups)
 
     def _check_quorum(self, updates: Sequence[ClientUpdate], cohort_size: int, round_idx: int) -> None:
         wanted = min(self._job.federation.min_clients, cohort_size)
@@ -313,9 +366,14 @@ class RoundLoop:
             made_as = replace(tasks[position], num_parts=outcome.num_parts)
             tensors = self._fetch(made_as, handles[position], shared)
             handles[position] = None  # the store may let go of it
-            weight = {key: weights.of(key)[place] for key in tensors}
+            named = {
+                name: tensor
+                for key, tensor in tensors.items()
+                for name in spread_names(weights, _address(tasks[position], outcome, key))
+            }
+            weight = {name: weights.of(name)[place] for name in named}
             try:
-                tree.add(position, leaf(tensors, weight))
+                tree.add(position, leaf(named, weight))
             except UpdateError as error:
                 raise UpdateError(f"client {outcome.client_id}, round {outcome.round_idx}: {error}") from error
             place += 1
@@ -393,6 +451,41 @@ class RoundLoop:
                 f"{next(value for value in found if value != expected)[:12]})",
                 "a hook of the method wrote into the base model",
             )
+
+
+def check_task(task: ClientTask, groups: Mapping[str, Group], state: ServerState) -> None:
+    """Refuse a task whose keys and addresses do not fit together, before anything is sent.
+
+    Raises:
+        MethodError: A key is no slot, two slots share an address, or the server has no tensor of such a name.
+    """
+    names = [task.addresses.get(key, key) for key in task.keys]
+    unknown = [name for name in names if name not in state.params] + [key for key in task.keys if key not in groups]
+    if unknown:
+        raise MethodError(f"the task of client {task.client_id} names {', '.join(unknown[:3])}, which the server does not have")
+    if len(set(names)) != len(names):
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        raise MethodError(
+            f"the task of client {task.client_id} puts {', '.join(twice[:3])} into two slots",
+            "tie slots on the client: what a client holds twice would count twice in the sum",
+        )
+
+
+def spread_names(weights: Weights, name: str) -> tuple[str, ...]:
+    """Names that a tensor is summed under."""
+    return weights.spread.get(name, (name,))
+
+
+def _address(task: ClientTask, outcome: ClientUpdate, key: str) -> str:
+    """The server's name for what a client calls ``key``."""
+    return outcome.requested.get(key) or task.addresses.get(key, key)
+
+
+def _is_held(group: Group, assignment: Assignment | None) -> bool:
+    """Whether a client with this assignment holds a slot: all but those of experts that it was not assigned."""
+    if assignment is None or group.kind is not GroupKind.ASSIGNED or group.layer is None or group.layer not in assignment:
+        return True
+    return group.expert in assignment[group.layer]
 
 
 def usage_entropy(tokens_LE: torch.Tensor) -> list[float]:

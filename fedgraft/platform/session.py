@@ -9,6 +9,7 @@ import torch
 
 from fedgraft.data.batches import eval_batches, train_batches
 from fedgraft.data.prepared import PreparedData, TokenizedSplit
+from fedgraft.errors import UpdateError
 from fedgraft.protocols import Engine
 from fedgraft.seeding import derive_seed
 from fedgraft.types import Batch, Broadcast, ClientTask, EvaluationTask, Group, Params
@@ -55,9 +56,24 @@ class ClientSession:
         self.task = task
         self.private: Params = {}
         self.diagnostics: dict[str, Any] = {}
-        self.received: Params = {key: broadcast.params[key] for key in task.keys}
+        self._broadcast = broadcast
+        self.requested: dict[str, str] = {}
+        self.received: Params = {key: broadcast.params[task.addresses.get(key, key)] for key in task.keys}
         self.received_extras: Params = {key: broadcast.extras[key] for key in task.extra_keys} | task.extras
         self.groups = groups
+        self.scratch: dict[str, Any] = {}
+
+    def add_requested(self, wanted: Mapping[str, str]) -> None:
+        """Take what this client asked for out of the broadcast: slots by the server's names.
+
+        Raises:
+            UpdateError: The server has no tensor of such a name.
+        """
+        unknown = [name for name in wanted.values() if name not in self._broadcast.params]
+        if unknown:
+            raise UpdateError(f"client {self._client_id} asked for {', '.join(unknown[:3])}, which the server does not have")
+        self.requested = dict(wanted)
+        self.received |= {key: self._broadcast.params[name] for key, name in wanted.items()}
 
     @property
     def _train(self) -> TokenizedSplit:
@@ -96,6 +112,11 @@ class ClientSession:
             self._train.batch(chosen[start : start + _CALIBRATION_BATCH], self._pad_token_id)
             for start in range(0, len(chosen), _CALIBRATION_BATCH)
         ]
+
+    def validation_batches(self, num_examples: int | None = None) -> list[Batch]:
+        """The client's validation examples, or the first ones of them."""
+        split = self._data.split(self._client_id, "validation")
+        return list(eval_batches(split, _CALIBRATION_BATCH, self._pad_token_id, num_examples))
 
     def retention_batches(self, num_examples: int) -> list[Batch]:
         """Some of the held-out general set."""

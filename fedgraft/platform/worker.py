@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from fedgraft.errors import GroupViolation, ModelError, ReplicaError, UpdateErro
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.sharding import full_shape, gathered
+from fedgraft.moe.surgery import mask_experts
 from fedgraft.platform.ledger import describe, refuse_private
 from fedgraft.platform.session import ClientSession
 from fedgraft.platform.state_store import ClientStateStore
@@ -40,6 +42,7 @@ from fedgraft.training.torch_engine import TorchEngine
 from fedgraft.types import (
     FROZEN,
     PRIVATE,
+    Batch,
     Broadcast,
     ClientFailure,
     ClientTask,
@@ -165,8 +168,16 @@ class ClientWorker:
         return {key: self.engine.initial[key] for key in self.sent}
 
     def describe(self) -> dict[str, Any]:
-        """Facts for the run's record: ``groups`` by key, the ``frozen_hash`` of all that is no slot, and the ``device``."""
-        return {"groups": self.groups, "frozen_hash": self.engine.frozen_hash(), "device": self.device}
+        """Facts for the run: ``refs`` of the slots, their ``groups`` by key, the model's ``facts``, the ``frozen_hash`` of all
+        that is no slot, and the ``device``.
+        """
+        return {
+            "groups": self.groups,
+            "refs": self.engine.refs,
+            "facts": self.engine.facts,
+            "frozen_hash": self.engine.frozen_hash(),
+            "device": self.device,
+        }
 
     def update(self, task: ClientTask, broadcast: Broadcast) -> tuple[ClientUpdate | ClientFailure, Params]:
         """Host a client for one round.
@@ -197,15 +208,20 @@ class ClientWorker:
         """Host a client from its start, its batches cut into ``num_parts``."""
         stage = "setup"
         try:
-            session, spec = self._host(task, task.client_id, broadcast, wants_private=True)
-            spec = replace(spec, num_parts=num_parts)
-            sent = [key for key in task.keys if key in self.sent]
-            # Read back rather than taken from the broadcast: a narrower model rounds what it is given.
-            start = self.engine.read(sent)
-            stage = "train"
-            result = self.method.local(session, lambda: self._train(session, task, spec, sent))
-            stage = "reply"
-            return self._reply(session, task, result, start)
+            with ExitStack() as stack:
+                session, spec = self._host(task, task.client_id, broadcast, stack, wants_private=True)
+                spec = replace(spec, num_parts=num_parts)
+                sent = [key for key in (*task.keys, *session.requested) if key in self.sent]
+                # Read back rather than taken from the broadcast: a narrower model rounds what it is given.
+                start = self.engine.read(sent)
+                stage = "train"
+
+                def train(*, keys: Sequence[str] | None = None, batches: Iterable[Batch] | None = None) -> TrainResult:
+                    return self._train(session, spec, (*sent, *self.private) if keys is None else keys, batches)
+
+                result = self.method.local(session, train)
+                stage = "reply"
+                return self._reply(session, task, result, start)
         except (GroupViolation, ReplicaError):
             raise  # a broken promise of the method ends the run, a broken replica is replaced: neither is a client's bad luck
         except Exception as error:
@@ -224,30 +240,40 @@ class ClientWorker:
     def evaluate(self, task: EvaluationTask, broadcast: Broadcast) -> tuple[EvaluationReply, None]:
         """Judge a global or a personal model on the tasks named."""
         client_id = 0 if task.client_id is None else task.client_id
-        session, _ = self._host(task, client_id, broadcast, wants_private=task.view == "personal")
         rows: list[EvaluationRow] = []
-        for name in task.tasks:
-            for metric, value in self._judge(task, name, client_id).items():
-                rows.append(
-                    EvaluationRow(
-                        round_idx=task.round_idx,
-                        view=task.view,
-                        task=name,
-                        client_id=task.client_id,
-                        split=task.split if name == "client" else "test",
-                        metric=metric,
-                        value=value,
+        with ExitStack() as stack:
+            session, _ = self._host(task, client_id, broadcast, stack, wants_private=task.view == "personal")
+            for name in task.tasks:
+                for metric, value in self._judge(task, name, client_id).items():
+                    rows.append(
+                        EvaluationRow(
+                            round_idx=task.round_idx,
+                            view=task.view,
+                            task=name,
+                            client_id=task.client_id,
+                            split=task.split if name == "client" else "test",
+                            metric=metric,
+                            value=value,
+                        )
                     )
-                )
-        seen: Mapping[str, object] = {}
-        if task.view == "personal" and self.private:
-            seen = self.method.observe(session)
+            seen: Mapping[str, object] = {}
+            if task.view == "personal" and self.method.is_personal(self.groups):
+                seen = self.method.observe(session)
         return EvaluationReply(rows=tuple(rows), diagnostics=seen), None
 
     def _host(
-        self, task: ClientTask | EvaluationTask, client_id: int, broadcast: Broadcast, *, wants_private: bool
+        self,
+        task: ClientTask | EvaluationTask,
+        client_id: int,
+        broadcast: Broadcast,
+        stack: ExitStack,
+        *,
+        wants_private: bool,
     ) -> tuple[ClientSession, TrainSpec]:
-        """Load every slot: start values, then what the server sent, then the client's own."""
+        """Load every slot: start values, then what the server sent, then the client's own, then what it asks for.
+
+        What no tensor carries (masks, what the method builds) is put on ``stack``, and undone when it closes.
+        """
         session = ClientSession(
             task,
             client_id,
@@ -260,7 +286,7 @@ class ClientWorker:
             batch_size=self.spec.batch_size,
         )
         self.engine.load(self.engine.initial)
-        if wants_private and self.private:
+        if wants_private and (self.private or self.method.keeps_client_state):
             if task.state_version is None:
                 session.private = {key: self.engine.initial[key].clone() for key in self.private}
                 self.method.setup(session)
@@ -268,25 +294,35 @@ class ClientWorker:
                 session.private = self._store.read(client_id, task.state_version)
         self.engine.load(session.received)
         self.engine.load({key: session.private[key] for key in self.private if key in session.private})
+        session.add_requested(self.method.request(session))
+        self.engine.load({key: session.received[key] for key in session.requested})
+        if task.assignment is not None:
+            experts = range(self.engine.facts.num_experts)
+            masked = {layer: [e for e in experts if e not in held] for layer, held in task.assignment.items()}
+            stack.enter_context(mask_experts(self.engine.model, masked))
+        stack.enter_context(self.method.build(session))
         rate = task.plan.learning_rate if isinstance(task, ClientTask) else self.spec.train.learning_rate
         return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale)
 
-    def _train(self, session: ClientSession, task: ClientTask, spec: TrainSpec, sent: Sequence[str]) -> TrainResult:
+    def _train(
+        self, session: ClientSession, spec: TrainSpec, keys: Sequence[str], batches: Iterable[Batch] | None
+    ) -> TrainResult:
         moments = {key.removeprefix("optimizer/"): v for key, v in session.private.items() if key.startswith("optimizer/")}
         return self.engine.train(
-            session.train_batches(),
+            session.train_batches() if batches is None else batches,
             spec,
-            (*sent, *self.private),
+            keys,
             seed=session.seed("dropout"),
             terms=lambda batch, output: self.method.terms(session, batch, output),
+            objective=self.method.objective(session),
             after_backward=lambda step: self.method.after_backward(session, step),
             optimizer_state=moments,
-            keep_optimizer_state=self._persisted,
+            keep_optimizer_state=[key for key in self._persisted if key in set(keys)],
         )
 
     def _reply(self, session: ClientSession, task: ClientTask, result: TrainResult, start: Params) -> tuple[ClientUpdate, Params]:
         """Take the deltas of what is sent, store what is private, and describe the payload."""
-        trained = self.engine.read(start)
+        trained = self.engine.read(self._uploads(session, start))
         delta = {key: value - start[key] for key, value in trained.items()}
         version: int | None = None
         if self.private:
@@ -304,6 +340,8 @@ class ClientWorker:
                 "label_tokens": Weighted(total=float(result.num_label_tokens), weight=1.0),
             },
             payload=(),
+            assignment=task.assignment,
+            requested=session.requested,
         )
         update, extras = self.method.reply(session, update)
         _require_finite(delta | extras, session.private)
@@ -316,13 +354,24 @@ class ClientWorker:
             *describe(extras, {}, kind="extras"),
             *describe(update.statistics, {}, kind="statistics"),
         )
+        secrets = {key: value for key, value in session.private.items() if key not in task.publishes}
         for tensors in (extras, update.statistics):
-            self._refuse_secrets(tensors, session.private)
+            self._refuse_secrets(tensors, secrets)
         diagnostics = dict(update.diagnostics) | session.diagnostics
         if task.hashes_frozen:
             diagnostics["frozen_hash"] = self.engine.frozen_hash()
         update = replace(update, payload=payload, state_version=version, diagnostics=diagnostics)
         return update, delta | {f"extras/{key}": value for key, value in extras.items()}
+
+    def _uploads(self, session: ClientSession, start: Params) -> Sequence[str]:
+        """The trained keys that the method sends back: some of those that the client received, each once."""
+        keys = tuple(self.method.uploads(session, tuple(start)))
+        if (unknown := [key for key in keys if key not in start]) or len(set(keys)) != len(keys):
+            raise GroupViolation(
+                f"{self.method.name} sends {', '.join(unknown[:3]) or 'a tensor twice'}, which this client did not get to train",
+                "uploads() gives some of the keys it is called with, each once",
+            )
+        return keys
 
     def _refuse_secrets(self, tensors: Params, private: Params) -> None:
         """Refuse extras or statistics that carry private or frozen tensors; sharded ones are gathered where sizes match."""

@@ -13,6 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from fedgraft.errors import DataError
+from fedgraft.moe.prompts import announce_prompts
 from fedgraft.training.evaluate import device_of, evaluating, require_finite
 from fedgraft.types import Weighted
 
@@ -115,6 +116,7 @@ def _decode_batch(
         is_done = torch.zeros(num_rows, dtype=torch.bool, device=device)
         new_tokens = torch.full((num_rows, max_new_tokens), pad_token_id, device=device)
         cache = None
+        announce_prompts(model, ids, mask[:, :width].bool())
         for step in range(max_new_tokens):
             output = model(
                 input_ids=ids,

@@ -24,7 +24,7 @@ from fedgraft.errors import ModelError, ReplicaError, UpdateError
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.sharding import gathered
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
-from fedgraft.protocols import Terms, TrainResult, TrainSpec
+from fedgraft.protocols import Objective, Terms, TrainResult, TrainSpec
 from fedgraft.training.deepspeed_model import DeepSpeedRoot, let_inputs_require_gradients
 from fedgraft.training.expert_parallel import finish_settings, refuse_expert_parallel, spread_experts, spread_tensors
 from fedgraft.training.master_weights import MasterWeights
@@ -196,6 +196,7 @@ class DeepSpeedEngine:
         *,
         seed: int,
         terms: Terms | None = None,
+        objective: Objective | None = None,
         after_backward: Callable[[int], None] | None = None,
         optimizer_state: Params | None = None,
         keep_optimizer_state: Sequence[str] = (),
@@ -217,7 +218,7 @@ class DeepSpeedEngine:
             with torch.random.fork_rng(devices=self._cuda_devices()), RoutingCounter(self.model) as counter:
                 torch.manual_seed(seed + self._ranks.rank)  # dropout of different rows must differ between ranks
                 for step, batch in enumerate(batches):
-                    losses.append(self._backward(batch, spec.num_parts, counter, terms, step))
+                    losses.append(self._backward(batch, spec.num_parts, counter, (terms, objective), step))
                     if after_backward is not None:
                         after_backward(step)
                     if self._engine is not None:
@@ -247,7 +248,9 @@ class DeepSpeedEngine:
             optimizer_state=self._read_moments(keep_optimizer_state),
         )
 
-    def _backward(self, batch: Batch, num_parts: int, counter: RoutingCounter, terms: Terms | None, step: int) -> float:
+    def _backward(
+        self, batch: Batch, num_parts: int, counter: RoutingCounter, hooks: tuple[Terms | None, Objective | None], step: int
+    ) -> float:
         """Run this rank's parts of a batch; give the whole batch's mean loss, the same in every rank."""
         world, count = self._ranks.world_size, require_labels(batch, step)
         mean = torch.zeros((), dtype=torch.float64)
@@ -258,7 +261,7 @@ class DeepSpeedEngine:
             counter.attend(part, counts=rows is not None)
 
             def compute(part: Batch = part) -> tuple[torch.Tensor, torch.Tensor]:
-                return part_loss(self.model, part, count if world * num_parts > 1 else None, terms)
+                return part_loss(self.model, part, count if world * num_parts > 1 else None, *hooks)
 
             loss, total = self._engine(compute) if self._engine is not None else compute()
             found = torch.stack([loss.detach(), total.detach()]).double().cpu()

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedgraft.errors import DataError, ModelError
+from fedgraft.moe.prompts import announce_prompts
 from fedgraft.types import IGNORE_INDEX, Batch, Weighted
 
 __all__ = [
@@ -194,9 +195,11 @@ def _score_labels(model: torch.nn.Module, batch: Batch, names: Sequence[str]) ->
         labels_N = labels_BW[is_label_BW]
         # A causal model needs nothing right of the last label, and no logits left of the first: with a large
         # vocabulary these are the largest tensor of all.
+        ids, mask = batch.input_ids[:, :stop].to(device), batch.attention_mask[:, :stop].to(device)
+        announce_prompts(model, ids, mask.bool() & (batch.labels[:, :stop].to(device) == IGNORE_INDEX))
         output = model(
-            input_ids=batch.input_ids[:, :stop].to(device),
-            attention_mask=batch.attention_mask[:, :stop].to(device),
+            input_ids=ids,
+            attention_mask=mask,
             use_cache=False,
             logits_to_keep=stop - start,
         )

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from fedgraft.errors import UpdateError
 from fedgraft.moe.families import model_facts, moe_layers
-from fedgraft.protocols import Terms
+from fedgraft.moe.prompts import announce_prompts
+from fedgraft.protocols import Objective, Terms
 from fedgraft.types import IGNORE_INDEX, Batch
 
 __all__ = [
@@ -53,6 +54,8 @@ def response_loss(model: nn.Module, batch: Batch, num_label_tokens: int | None =
         batch: On the model's device.
         num_label_tokens: Label tokens of the whole batch that this one is a part of; ``None``: it is the whole.
     """
+    is_prompt = batch.attention_mask.bool() & (batch.labels == IGNORE_INDEX)
+    announce_prompts(model, batch.input_ids, is_prompt)
     hidden_BSD = model.model(  # type: ignore[operator]
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
@@ -67,7 +70,7 @@ def response_loss(model: nn.Module, batch: Batch, num_label_tokens: int | None =
 
 
 def part_loss(
-    model: nn.Module, part: Batch, num_label_tokens: int | None, terms: Terms | None
+    model: nn.Module, part: Batch, num_label_tokens: int | None, terms: Terms | None, objective: Objective | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Give a part's cross-entropy, and that plus its share of the method's extra terms.
 
@@ -78,8 +81,9 @@ def part_loss(
         part: Rows of a batch, on the model's device.
         num_label_tokens: Of the whole batch; ``None``: the part is the whole.
         terms: The method's.
+        objective: The method's own loss; ``None``: the response-only cross-entropy.
     """
-    loss, output = response_loss(model, part, num_label_tokens)
+    loss, output = (objective or response_loss)(model, part, num_label_tokens)
     found: Mapping[str, torch.Tensor] = terms(part, output) if terms is not None else {}
     share = None if num_label_tokens is None else output.labels.numel() / num_label_tokens
     total = loss

@@ -15,7 +15,7 @@ from torch import nn
 from fedgraft.errors import UpdateError
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
-from fedgraft.protocols import Terms, TrainResult, TrainSpec
+from fedgraft.protocols import Objective, Terms, TrainResult, TrainSpec
 from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, require_labels, to_device
 from fedgraft.types import Batch, ParamRef, Params, Slots, Weighted
 
@@ -70,6 +70,7 @@ class TorchEngine:
         *,
         seed: int,
         terms: Terms | None = None,
+        objective: Objective | None = None,
         after_backward: Callable[[int], None] | None = None,
         optimizer_state: Params | None = None,
         keep_optimizer_state: Sequence[str] = (),
@@ -90,7 +91,7 @@ class TorchEngine:
                 torch.manual_seed(seed)  # dropout inside HF and PEFT modules draws from torch's global generator
                 for step, cpu_batch in enumerate(batches):
                     optimizer.zero_grad(set_to_none=True)
-                    loss = self._backward(cpu_batch, spec.num_parts, counter, terms, step)
+                    loss = self._backward(cpu_batch, spec.num_parts, counter, (terms, objective), step)
                     if after_backward is not None:
                         after_backward(step)
                     self._clear_gradients(untouched)
@@ -152,7 +153,9 @@ class TorchEngine:
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _backward(self, cpu_batch: Batch, num_parts: int, counter: RoutingCounter, terms: Terms | None, step: int) -> float:
+    def _backward(
+        self, cpu_batch: Batch, num_parts: int, counter: RoutingCounter, hooks: tuple[Terms | None, Objective | None], step: int
+    ) -> float:
         """Run forward and backward over the parts of a batch, adding up their gradients; give the batch's mean loss."""
         parts = [cpu_batch] if num_parts == 1 else [part_of_batch(cpu_batch, index, num_parts) for index in range(num_parts)]
         num_label_tokens = require_labels(cpu_batch, step)
@@ -163,7 +166,7 @@ class TorchEngine:
                 continue
             part = to_device(cpu_part, self.device)
             counter.attend(part)
-            loss, total = part_loss(self.model, part, count, terms)
+            loss, total = part_loss(self.model, part, count, *hooks)
             if not torch.isfinite(total):
                 raise UpdateError(f"the loss of local step {step + 1} is {float(total.detach())}", "lower the learning rate")
             if total.requires_grad:
