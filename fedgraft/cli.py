@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
@@ -125,11 +126,19 @@ def pretrain(
 
 @app.command()
 def methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One method: how it works, and all its options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, options with their descriptions too, as JSON.")] = False,
 ) -> None:
-    """List the methods: paper, what each does, and what in it is reconstructed."""
+    """List the methods: paper, what each does, and what in it is reconstructed; or tell all about one."""
     with _errors():
         found = fedgraft.methods()
+        if name is not None:
+            from fedgraft.platform.catalogue import find_method, method_page
+
+            found = [find_method(found, name)]
+    if name is not None and not as_json:
+        Console().print(Markdown(method_page(found[0])))
+        return
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(info) for info in found], indent=1))
         return
@@ -143,7 +152,9 @@ def methods(
         table.add_row(Text(info.name, style="bold"), Text(f"{info.title}\n{info.paper}"), what)
     console = Console()
     console.print(table)
-    console.print("Use one with: fedgraft run method.name=NAME", highlight=False)
+    console.print(
+        "Options and details of one: fedgraft methods NAME. Use it with: fedgraft run method.name=NAME", highlight=False
+    )
 
 
 @app.command()

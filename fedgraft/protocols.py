@@ -276,7 +276,8 @@ class Method(ABC):
     """A federated method: what each tensor is, what a round is, what a client does, how replies become a new state.
 
     Class attributes describe it for ``fedgraft methods``: ``name``, ``title``, ``paper`` (authors, year, identifier),
-    ``summary`` (one line), ``reconstructed`` (what is ours where the source is silent; empty if nothing is).
+    ``summary`` (one line), ``advice`` (when to use it, sentences), ``reconstructed`` (what is ours where the source is silent;
+    empty if nothing is).
     ``uses_batch_statistics`` says that a loss term is no mean over tokens, so that a batch must not be cut into parts.
     ``is_centralised`` says that its slots are trained on all clients' pooled examples before anything is judged.
     ``keeps_client_state`` says that clients keep something beside private slots. ``budget_use``: what a client's budget bounds,
@@ -292,6 +293,7 @@ class Method(ABC):
     title: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    advice: ClassVar[str] = ""
     reconstructed: ClassVar[str] = ""
     uses_batch_statistics: ClassVar[bool] = False
     is_centralised: ClassVar[bool] = False

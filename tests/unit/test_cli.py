@@ -172,8 +172,23 @@ def test_methods_lists_paper_and_reconstruction() -> None:
         assert text in result.stdout
     found = {entry["name"]: entry for entry in json.loads(RUNNER.invoke(app, ["methods", "--json"]).stdout)}
     assert {"base", "fedavg", "flex", "local_only", "private_lora"} <= set(found)
-    assert set(found["flex"]) == {"name", "title", "paper", "summary", "reconstructed", "options"}
-    assert "Grafted experts" in found["flex"]["options"]["n_graft"]
+    assert {"name", "title", "paper", "summary", "reconstructed", "advice", "options"} <= set(found["flex"])
+    options = {option["path"]: option for option in found["flex"]["options"]}
+    assert "Grafted experts" in options["n_graft"]["description"]
+    assert options["n_graft"]["type"] == "integer >= 1, <= 8"
+    assert options["adapter.rank"]["default"] == "8"
+    assert options["mode"]["type"] == "additive, convex, row"
+
+
+def test_methods_tells_all_about_one() -> None:
+    result = RUNNER.invoke(app, ["methods", "flex"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for text in ("How it works", "What is reconstructed", "graft_layer_fraction", "private (never leaves its client)"):
+        assert text in result.stdout
+    wrong = RUNNER.invoke(app, ["methods", "flexx"])
+    assert wrong.exit_code != 0
+    assert "did you mean 'flex'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
