@@ -4,8 +4,9 @@
     python benchmarks/methods.py write
 
 ``run`` trains what is not finished yet, one process a method and partition; it can be stopped and started again. ``write`` makes
-benchmarks/results/methods.json and methods-tables.md of what is there (methods.md has the tables with a reading in words), and prints
-one JSON line. Each method's learning rate is chosen on each seed's validation split from one grid. Everything is of the last round.
+benchmarks/results/methods.json and methods-tables.md of what is there (methods.md has the tables and a reading in words), and
+prints one JSON line. Each method's learning rate is chosen on each seed's validation split from one grid.
+All numbers are of the last round.
 """
 
 from __future__ import annotations
