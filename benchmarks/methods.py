@@ -58,12 +58,12 @@ def settings(arguments: argparse.Namespace, partition: str, label: str) -> list[
         f"name={label}",
         f"model.path={arguments.model}",
         "model.dtype=float32",
-        f"data={{path: {arguments.data}, preset: dolly, num_clients: 8, max_length: 96, max_train_examples: 160, "
-        f"max_validation_examples: 16, max_test_examples: 32, partition: {json.dumps(PARTITIONS[partition])}, "
-        f"retention: {{path: {arguments.retention}, max_examples: 12}}}}",
-        "federation={rounds: 4, local_steps: 6, batch_size: 4}",
+        f"data={{path: {arguments.data}, preset: dolly, num_clients: 8, max_length: 80, max_train_examples: 160, "
+        f"max_validation_examples: 16, max_test_examples: 24, partition: {json.dumps(PARTITIONS[partition])}, "
+        f"retention: {{path: {arguments.retention}, max_examples: 8}}}}",
+        "federation={rounds: 4, local_steps: 5, batch_size: 4}",
         "rate_search={rates: [0.001, 0.003, 0.01], rounds: 1}",
-        "evaluation={every: 4, at_start: false, generate: end, max_generate: 8, max_new_tokens: 24, choices: never, "
+        "evaluation={every: 4, at_start: false, generate: end, max_generate: 6, max_new_tokens: 20, choices: never, "
         "global_view: false, batch_size: 16}",
         "executor={kind: in_process, threads: 1}",
         "tracking.enabled=false",

@@ -8,6 +8,7 @@
       ClusterError                3   Ray cannot give what was asked for
       ReplicaError                3   a replica cannot go on; it is replaced and its task run again
       GroupViolation              4   a private or frozen tensor was about to be sent, or a frozen one changed
+      BudgetViolation             4   a method gave a client more experts than its budget allows
       UpdateError                 4   a client's reply does not fit the round (names, shapes, dtypes, finite values)
       QuorumError                 5   fewer clients than ``federation.min_clients`` answered
       CheckpointError             6   a checkpoint is torn, tampered with, or belongs to another run
@@ -22,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "BudgetViolation",
     "CheckpointError",
     "ClusterError",
     "ConfigError",
@@ -126,6 +128,12 @@ class ReplicaError(FedgraftError):
 
 class GroupViolation(FedgraftError):
     """A tensor was about to leave its parameter group: private or frozen sent, or frozen changed."""
+
+    exit_code = 4
+
+
+class BudgetViolation(FedgraftError):
+    """A method gave a client more experts than its budget allows, or changed more in one local step."""
 
     exit_code = 4
 

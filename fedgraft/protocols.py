@@ -331,6 +331,13 @@ class Method(ABC):
         """Whether clients end with models of their own; by default where some slot is private."""
         return any(group == PRIVATE for group in groups.values())
 
+    def check_training(self, spec: TrainSpec) -> None:
+        """Refuse local optimisers that the options go wrong with, or have no effect with.
+
+        Raises:
+            ValueError: What does not go together, and what to set.
+        """
+
     # The server's half.
 
     def num_rounds(self, configured: int) -> int:

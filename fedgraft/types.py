@@ -33,6 +33,7 @@ __all__ = [
     "EvaluationReply",
     "EvaluationRow",
     "EvaluationTask",
+    "ExampleGateSpec",
     "Federation",
     "GraftSpec",
     "Group",
@@ -102,7 +103,8 @@ class ParamRef:
 
     Transformers keeps the experts of a layer in one tensor, so expert e is a slice. ``key`` is what travels;
     ``name`` is the parameter in ``model.named_parameters()``. ``part`` says what it is: ``attention``, ``router``,
-    ``experts``, ``shared_expert``, ``graft``, ``graft_gate`` or ``other``; ``adapter`` names its LoRA, if it is of one.
+    ``experts``, ``shared_expert``, ``graft``, ``graft_gate``, ``mixture``, ``mixture_gate``, ``example_gate`` or ``other``;
+    ``adapter`` names its LoRA, if it is of one. ``expert`` of a mixture's tensor is its slot, ``layer`` then the decoder layer.
     """
 
     key: str
@@ -220,9 +222,9 @@ class MixtureSpec:
     """A mixture of LoRA experts beside linear maps of the attention: ``num_slots`` of them at each map in ``targets``.
 
     ``targets`` are last names of attention projections (``q_proj``). ``gate`` ``token``: each module scores its slots for every
-    token by a projection of its own (FedAMoLE); ``example``: whoever runs the model gives one weight an example and slot, the
-    same in all modules. ``has_shared`` adds one LoRA that is always on. Rank >= 1; updates are scaled by ``alpha / rank``;
-    ``dropout`` in [0, 1) acts on the LoRA inputs; ``top_k`` slots are used a token or example.
+    token by a projection of its own (FedAMoLE), and uses ``top_k`` of them; ``example``: whoever runs the model gives one weight
+    an example and slot, the same in all modules, 0 where a slot is not used. ``has_shared`` adds one LoRA that is always on;
+    then ``num_slots`` may be 0. Rank >= 1; updates are scaled by ``alpha / rank``; ``dropout`` in [0, 1) acts on the LoRA inputs.
     """
 
     num_slots: int
@@ -236,8 +238,22 @@ class MixtureSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExampleGateSpec:
+    """A gate that weighs ``num_outputs`` things for a whole example: an MLP with layers of ``hidden`` neurons in between.
+
+    ``start`` is how its weights begin, ``activation`` what stands between layers; ``dropout`` in [0, 1) acts on hidden layers.
+    """
+
+    num_outputs: int
+    hidden: tuple[int, ...]
+    activation: Literal["relu", "leaky_relu"] = "relu"
+    start: Literal["orthogonal", "uniform"] = "uniform"
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Slots:
-    """What a replica's model is built with, once, for a method: adapters, grafts, a mixture, and parts trained in full.
+    """What a replica's model is built with, once, for a method: adapters, grafts, a mixture, a gate, parts trained in full.
 
     ``full`` names parts (``experts``, ``router``, ``attention``) whose own weights are copied out of the shared base
     and trained. ``splits_router`` lists a router that is trained in full once per expert, row by row, instead of whole.
@@ -246,6 +262,7 @@ class Slots:
     adapters: tuple[AdapterSpec, ...] = ()
     graft: GraftSpec | None = None
     mixture: MixtureSpec | None = None
+    example_gate: ExampleGateSpec | None = None
     full: tuple[str, ...] = ()
     splits_router: bool = False
 

@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
 from fedgraft.actors.replica import Shared, start_replicas
-from fedgraft.errors import ClusterError, FedgraftError, GroupViolation, ReplicaError
+from fedgraft.errors import BudgetViolation, ClusterError, FedgraftError, GroupViolation, ReplicaError
 
 __all__ = ["RayPool"]
 
@@ -171,7 +171,7 @@ class RayPool:
             flight.values[rank] = ray.get(done[0])
         except RayTaskError as raised:
             cause = _cause(raised)
-            if isinstance(cause, GroupViolation):
+            if isinstance(cause, GroupViolation | BudgetViolation):
                 raise cause from None  # no retry mends a broken promise
             if self._options.ranks > 1 or isinstance(cause, ReplicaError):
                 self._restore(flight.replica)  # its ranks may wait for each other, or it says itself that it cannot go on

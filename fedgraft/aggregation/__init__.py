@@ -1,5 +1,43 @@
 """The methods: one paper, one file. Importing this package registers them all."""
 
-from fedgraft.aggregation import base, centralised, fedavg, flex, local_only, private_lora
+from fedgraft.aggregation import (
+    base,
+    centralised,
+    fedalign_moe,
+    fedamole,
+    fedavg,
+    fedavg_finetune,
+    fedavgm,
+    fedjets,
+    fedmoe,
+    fedopt,
+    fedprox,
+    flex,
+    flex_moe,
+    hfedmoe,
+    local_only,
+    pm_moe,
+    private_lora,
+    scaffold,
+)
 
-__all__ = ["base", "centralised", "fedavg", "flex", "local_only", "private_lora"]
+__all__ = [
+    "base",
+    "centralised",
+    "fedalign_moe",
+    "fedamole",
+    "fedavg",
+    "fedavg_finetune",
+    "fedavgm",
+    "fedjets",
+    "fedmoe",
+    "fedopt",
+    "fedprox",
+    "flex",
+    "flex_moe",
+    "hfedmoe",
+    "local_only",
+    "pm_moe",
+    "private_lora",
+    "scaffold",
+]

@@ -5,6 +5,9 @@ frozen. Once, before its first round, each client copies in every MoE layer the 
 layer's output on its own data, and trains the copy P and a graft gate g beside the frozen layer: y = M(x) + g(x) P(x). Copy
 and gate never leave the client.
 
+What is shared may be optimised as in FedAvg, FedProx, SCAFFOLD, FedAvgM, FedAdagrad, FedYogi or FedAdam (``server``), the paper's
+comparison set; grafts and private gates are left alone by all of them.
+
 Stated by the paper's abstract and its reviewers: what is frozen, shared and private; one expert a layer by layer-wise
 reconstruction loss, greedily for more than one; joint training. Reconstructed here, because the paper's body was not available
 to us: the sigmoid form and the start (w = 0, b = -4) of the gate, the details of the loss (those of layer-wise expert pruning),
@@ -15,23 +18,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias, cast, get_args
 
 import torch
 from pydantic import Field, model_validator
 from scipy.stats import spearmanr
+from torch import nn
 
+from fedgraft.aggregation.fedavgm import FedAvgMOptions
+from fedgraft.aggregation.federated_optimizer import FedAvgOptions, FederatedOptimizer, Optimized
+from fedgraft.aggregation.fedopt import FedAdagradOptions, FedAdamOptions, FedYogiOptions
+from fedgraft.aggregation.fedprox import FedProxOptions
+from fedgraft.aggregation.scaffold import ScaffoldOptions
 from fedgraft.errors import MethodError
+from fedgraft.moe.criteria import Importance, importance
+from fedgraft.moe.expert_statistics import observe_statistics
 from fedgraft.moe.families import MoELayer, moe_layers
 from fedgraft.moe.graft import grafts_of
 from fedgraft.moe.scoring import Criterion, ExpertScores, neuron_contributions, observe_experts
 from fedgraft.moe.sharding import gathered
 from fedgraft.moe.trace import visit_blocks
-from fedgraft.protocols import AdapterConfig, Method, MethodConfig, Session
+from fedgraft.protocols import AdapterConfig, MethodConfig, Session, TrainSpec
 from fedgraft.registry import METHODS
 from fedgraft.types import PRIVATE, SHARED, Batch, GraftSpec, Group, ModelFacts, ParamRef, Params, Slots
 
 __all__ = ["Flex", "FlexConfig", "num_grafted_layers"]
+
+
+ServerChoice: TypeAlias = Annotated[
+    FedAvgOptions | FedProxOptions | ScaffoldOptions | FedAvgMOptions | FedAdagradOptions | FedYogiOptions | FedAdamOptions,
+    Field(discriminator="name"),
+]
 
 
 class FlexConfig(MethodConfig):
@@ -46,7 +63,11 @@ class FlexConfig(MethodConfig):
     graft_neuron_fraction: float = Field(
         1.0, gt=0, le=1, description="Share of an expert's neurons that is grafted, largest contribution first."
     )
-    score: Criterion | Literal["random"] = Field("recon", description="How the expert to graft is chosen.")
+    score: Criterion | Importance | Literal["random"] = Field(
+        "recon",
+        description="How the expert to graft is chosen: lowest loss (recon and its forms), highest importance (usage, frequency, "
+        "gate, ean, reap, easy_ep, wanda, max_activation), or random.",
+    )
     granularity: Literal["expert", "neuron"] = Field(
         "expert", description="neuron: graft the layer's largest neurons, whichever expert they are in."
     )
@@ -58,6 +79,9 @@ class FlexConfig(MethodConfig):
     gate_lr_scale: float = Field(1.0, gt=0, le=1000, description="The graft gate's learning rate over the shared one's.")
     persist_optimizer: bool = Field(False, description="Keep the optimiser's moments of graft and gate between rounds.")
     share_gate: bool = Field(False, description="Ablation: average the graft gates over the clients.")
+    server: ServerChoice = Field(
+        FedAvgOptions(), description="How what is shared is optimised over the clients, by name, with that method's own options."
+    )
     calibration_examples: int = Field(128, ge=1, le=65_536, description="Own training examples that choose the graft.")
 
     @model_validator(mode="after")
@@ -78,7 +102,7 @@ class FlexConfig(MethodConfig):
 
 
 @METHODS.add
-class Flex(Method):
+class Flex(Optimized):
     """LoRA on attention is averaged; each client's grafts and graft gates stay with it."""
 
     name = "flex"
@@ -91,6 +115,11 @@ class Flex(Method):
     )
     config_class = FlexConfig
     config: FlexConfig
+
+    @property
+    def optimizer(self) -> FederatedOptimizer:
+        """The one of ``server``; it sees what clients receive, which no private slot is."""
+        return self.config.server.build()
 
     def slots(self, facts: ModelFacts) -> Slots:
         """The averaged LoRA, and grafts beside every MoE layer; layers that a client leaves out keep a closed gate.
@@ -130,6 +159,12 @@ class Flex(Method):
     def persists_moments(self, ref: ParamRef) -> bool:
         """Graft and gate keep their moments if asked to."""
         return self.config.persist_optimizer and self.group(ref) == PRIVATE
+
+    def check_training(self, spec: TrainSpec) -> None:
+        """Kept moments need an optimiser that has some."""
+        super().check_training(spec)
+        if spec.optimizer == "sgd" and self.config.persist_optimizer:
+            raise ValueError("persist_optimizer has no effect with training.optimizer: sgd")
 
     def setup(self, session: Session) -> None:
         """Choose the experts on the client's own examples and copy them into its graft."""
@@ -183,6 +218,7 @@ class Flex(Method):
         chosen: dict[int, tuple[int, ...]] = {layer.index: () for layer in layers}
         losses: dict[int, list[float]] = {layer.index: [] for layer in layers}
         scores = first
+        importances = self._importances(model, layers, batches)
         for number in range(config.n_graft):
             if number:
                 # With more than one, the reconstruction loss of a candidate is that of keeping it beside the others.
@@ -191,13 +227,27 @@ class Flex(Method):
                 found = scores.layers[layer.index]
                 if config.score == "random":
                     ranking = torch.rand(found.loss.shape, generator=generator, dtype=torch.float64)
+                elif importances:
+                    ranking = -importances[layer.index]
                 else:
-                    ranking = found.criterion(config.score).clone()
+                    ranking = found.criterion(cast(Criterion, config.score)).clone()
                 ranking[list(chosen[layer.index])] = math.inf
                 best = int(torch.argmin(ranking))
                 losses[layer.index].append(float(found.loss[best]))
                 chosen[layer.index] = (*chosen[layer.index], best)
         return first, chosen, losses
+
+    def _importances(self, model: nn.Module, layers: tuple[MoELayer, ...], batches: list[Batch]) -> dict[int, torch.Tensor]:
+        """Each expert's importance by layer, where ``score`` names one; else nothing."""
+        score = self.config.score
+        if score not in get_args(Importance):
+            return {}
+        seen = observe_statistics(model, batches)
+        found: dict[int, torch.Tensor] = {}
+        for layer in layers:
+            with gathered(layer.experts.parameters()):
+                found[layer.index] = importance(cast(Importance, score), seen[layer.index], layer)
+        return found
 
     def _layers_to_graft(self, scores: ExpertScores, losses: dict[int, list[float]], num_layers: int) -> set[int]:
         """The layers with the lowest loss relative to putting out nothing; the lower index among equals."""

@@ -15,7 +15,7 @@ Shape letters: T tokens, D model, F expert hidden, E experts, K top-k, L MoE lay
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +32,7 @@ __all__ = [
     "Criterion",
     "ExpertScores",
     "LayerScores",
+    "accumulate",
     "neuron_contributions",
     "observe_experts",
     "pruned_output",
@@ -130,7 +131,7 @@ def observe_experts(
     scores = ExpertScores(layers={layer.index: LayerScores.empty(layer.num_experts) for layer in layers})
 
     def visit(layer: MoELayer, x_TD: torch.Tensor, z_TD: torch.Tensor) -> None:
-        _accumulate(scores.layers[layer.index], layer, x_TD, z_TD, (kept or {}).get(layer.index, ()))
+        accumulate(scores.layers[layer.index], layer, x_TD, z_TD, (kept or {}).get(layer.index, ()))
 
     visit_blocks(model, batches, visit)
     return scores
@@ -159,8 +160,25 @@ def neuron_contributions(model: nn.Module, batches: Iterable[Batch]) -> dict[int
     return {index: total / max(counts[index], 1) for index, total in sums.items()}
 
 
-def _accumulate(scores: LayerScores, layer: MoELayer, x_TD: torch.Tensor, z_TD: torch.Tensor, kept: tuple[int, ...]) -> None:
-    """Add one batch. Norms are taken in float64: the loss is a difference of large numbers."""
+def accumulate(
+    scores: LayerScores,
+    layer: MoELayer,
+    x_TD: torch.Tensor,
+    z_TD: torch.Tensor,
+    kept: tuple[int, ...] = (),
+    *,
+    see: Callable[[int, torch.Tensor], None] | None = None,
+) -> None:
+    """Add one batch to a layer's scores. Norms are taken in float64: the loss is a difference of large numbers.
+
+    Args:
+        scores: Changed in place.
+        layer: The layer.
+        x_TD: What goes into the block, without padding.
+        z_TD: The block's own output.
+        kept: As in ``observe_experts``.
+        see: Shown each expert's scaled output on all tokens (T, D), float64, which are computed only once.
+    """
     shared = layer.shared_output(x_TD)
     routed = (z_TD if shared is None else z_TD - shared).double()
     top_k = layer.top_k
@@ -174,6 +192,8 @@ def _accumulate(scores: LayerScores, layer: MoELayer, x_TD: torch.Tensor, z_TD: 
     base_loss = float((routed - pruned_output(layer, x_TD, kept, top_k).double()).norm()) if kept else 0.0
     for expert in range(probability.shape[1]):
         output = _scaled_output(layer, expert, x_TD).double()
+        if see is not None:
+            see(expert, output)
         error = float((routed - output).square().sum())
         inner = (routed * output).sum(dim=-1)
         norm = output.square().sum(dim=-1)

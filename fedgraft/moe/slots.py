@@ -1,4 +1,4 @@
-"""A model with slots: LoRA, grafts, and parts trained in full, and the list of every tensor that may be exchanged.
+"""A model with slots: LoRA, grafts, mixtures, gates, parts trained in full, and the list of every tensor that may be exchanged.
 
 Names come from the model after the slots are in it, never from a guess: PEFT nests its wrappers of fused experts in an
 order that depends on the targets. A fused tensor is listed once per expert, so that every expert has keys of its own.
@@ -11,19 +11,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 from fedgraft.errors import ModelError
+from fedgraft.moe.example_gate import EXAMPLE_GATE, attach_example_gate, example_gate_of, gate_start
 from fedgraft.moe.families import Family, MoELayer, family_of, model_facts, moe_layers
 from fedgraft.moe.graft import GRAFT, attach_grafts
+from fedgraft.moe.mixture import MIXTURE, attach_mixtures
 from fedgraft.seeding import derive_seed
 from fedgraft.types import AdapterSpec, ModelFacts, ParamRef, Params, Slots
 
 __all__ = ["add_slots", "count_slot_elements", "frozen_names", "initial_params"]
 
 _PARTS = ("attention", "router", "experts")
+_DRAWN = tuple(f".{MIXTURE}.{name}" for name in ("lora_A", "shared_A", "token_projection"))
 
 
 def add_slots(model: nn.Module, slots: Slots) -> tuple[ParamRef, ...]:
@@ -51,6 +55,10 @@ def add_slots(model: nn.Module, slots: Slots) -> tuple[ParamRef, ...]:
             parameter.requires_grad_(True)
     if slots.graft is not None:
         attach_grafts(model, slots.graft)
+    if slots.mixture is not None:
+        attach_mixtures(model, slots.mixture)
+    if slots.example_gate is not None:
+        attach_example_gate(model, slots.example_gate)
     for adapter in slots.adapters:
         _add_adapter(model, layers, adapter)
     names = tuple(adapter.name for adapter in slots.adapters)
@@ -62,7 +70,7 @@ def add_slots(model: nn.Module, slots: Slots) -> tuple[ParamRef, ...]:
                 module.set_adapter([name for name in names if name in module.lora_A])
     for name, parameter in model.named_parameters():
         # What is trained is float32 whatever the base is; parts trained in full keep the dtype of the model around them.
-        if ".lora_" in name or f".{GRAFT}." in name:
+        if ".lora_" in name or any(f".{part}." in name for part in (GRAFT, MIXTURE, EXAMPLE_GATE)):
             parameter.data = parameter.data.float()
     # set_adapter flips requires_grad; a slot is trainable, everything else is not, whatever PEFT thinks.
     refs = tuple(_references(model, layers, slots))
@@ -76,16 +84,20 @@ def initial_params(model: nn.Module, refs: tuple[ParamRef, ...], run_seed: int) 
     """Give the start value of every slot: a function of the run's seed and the model only.
 
     LoRA A is uniform in +-1/sqrt(in features) (Kaiming with a = sqrt(5), as PEFT does), B is zero, so the model starts as
-    the base; grafts and full parts start as they are in the model.
+    the base; so do a mixture's, every slot's A drawn on its own, and its token projection like an A. The weights of a gate over
+    examples are drawn as its spec says. Grafts and full parts start as they are in the model.
     """
     parameters = dict(model.named_parameters())
     start: Params = {}
     for ref in refs:
         value = ref.view(parameters[ref.name].detach()).clone()
-        if ".lora_A." in ref.name:
+        if ".lora_A." in ref.name or ref.name.endswith(_DRAWN):
             generator = torch.Generator().manual_seed(derive_seed(run_seed, f"initial/{ref.key}"))
             bound = 1 / math.sqrt(value.shape[-1])
             value = (torch.rand(value.shape, generator=generator) * 2 - 1).mul_(bound).to(value.dtype)
+        elif ref.part == EXAMPLE_GATE and value.dim() > 1:
+            generator = torch.Generator().manual_seed(derive_seed(run_seed, f"initial/{ref.key}"))
+            value = gate_start(tuple(value.shape), example_gate_of(model).spec.start, generator).to(value.dtype)
         start[ref.key] = value.float().cpu() if value.dtype in (torch.bfloat16, torch.float16) else value.cpu()
     return start
 
@@ -100,10 +112,11 @@ def count_slot_elements(facts: ModelFacts, slots: Slots) -> dict[str, int]:
     """Count the values of a method's slots by part, from sizes alone, before any model is loaded.
 
     Returns:
-        Values in ``attention``, ``router``, ``experts`` (adapters and full parts together), ``graft`` and ``graft_gate``.
+        Values in ``attention``, ``router``, ``experts`` (adapters and full parts together), ``graft``, ``graft_gate``,
+        ``mixture`` (all slots and shared LoRAs) and ``mixture_gate``; ``example_gate`` where there is one.
     """
     hidden, num_moe = facts.hidden_size, len(facts.layers)
-    count = dict.fromkeys((*_PARTS, "graft", "graft_gate"), 0)
+    count = dict.fromkeys((*_PARTS, "graft", "graft_gate", "mixture", "mixture_gate"), 0)
     sides = {
         "attention": facts.num_layers * sum(each.in_features + each.out_features for each in facts.attention),
         "router": num_moe * (hidden + facts.num_experts),
@@ -124,6 +137,16 @@ def count_slot_elements(facts: ModelFacts, slots: Slots) -> dict[str, int]:
         biases = 2 * graft.num_neurons + hidden if facts.has_expert_bias else 0
         count["graft"] = len(graft.layers) * graft.num_grafts * (3 * hidden * graft.num_neurons + biases)
         count["graft_gate"] = len(graft.layers) * graft.num_grafts * (hidden + 1)
+    if slots.mixture is not None:
+        mixture = slots.mixture
+        maps = [each for each in facts.attention if each.name.rpartition(".")[2] in mixture.targets]
+        num_loras = facts.num_layers * (mixture.num_slots + mixture.has_shared)
+        count["mixture"] = num_loras * mixture.rank * sum(each.in_features + each.out_features for each in maps)
+        if mixture.num_slots and mixture.gate == "token":
+            count["mixture_gate"] = facts.num_layers * mixture.rank * sum(each.in_features for each in maps)
+    if slots.example_gate is not None:
+        widths = (hidden, *slots.example_gate.hidden, slots.example_gate.num_outputs)
+        count[EXAMPLE_GATE] = sum((a + 1) * b for a, b in pairwise(widths))
     return count
 
 
@@ -205,10 +228,14 @@ def _references(model: nn.Module, layers: tuple[MoELayer, ...], slots: Slots) ->
         layer = next((found for prefix, found in by_prefix.items() if name.startswith(prefix)), None)
         part = _part_of(name, layer, family.attention)
         adapter = next((a for a in adapters if f".lora_A.{a}." in name or f".lora_B.{a}." in name), None)
-        if adapter is None and part not in ("graft", "graft_gate") and part not in slots.full:
+        own = ("graft", "graft_gate", "mixture", "mixture_gate", EXAMPLE_GATE)
+        if adapter is None and part not in own and part not in slots.full:
             continue
         index = layer.index if layer is not None else None
         shape = tuple(parameter.shape)
+        if part in ("mixture", "mixture_gate"):
+            yield from _mixture_references(name, shape, part)
+            continue
         if part == "router" and adapter is None and slots.splits_router:
             for expert in range(num_experts):
                 yield ParamRef(
@@ -244,6 +271,26 @@ def _references(model: nn.Module, layers: tuple[MoELayer, ...], slots: Slots) ->
             )
 
 
+def _mixture_references(name: str, shape: tuple[int, ...], part: str) -> Iterator[ParamRef]:
+    """One reference a slot, or the whole tensor where all slots have it in common; ``layer`` is the decoder layer."""
+    layer = int(name.removeprefix("model.layers.").partition(".")[0])
+    if not name.endswith((".lora_A", ".lora_B")):
+        yield ParamRef(key=name, name=name, part=part, shape=shape, layer=layer)
+        return
+    for slot in range(shape[0]):
+        yield ParamRef(
+            key=f"{name}[{slot}]",
+            name=name,
+            part=part,
+            shape=(1, *shape[1:]),
+            layer=layer,
+            expert=slot,
+            dim=0,
+            start=slot,
+            stop=slot + 1,
+        )
+
+
 def _part_of(name: str, layer: MoELayer | None, attention: tuple[str, ...]) -> str:
     if layer is not None:
         below = name[len(layer.block_path) + 1 :]
@@ -255,6 +302,10 @@ def _part_of(name: str, layer: MoELayer | None, attention: tuple[str, ...]) -> s
             if below.startswith(f"{attribute}."):
                 return part
         return "shared_expert" if layer.family.shared_expert and below.startswith(layer.family.shared_expert) else "other"
+    if f".{EXAMPLE_GATE}." in name:
+        return EXAMPLE_GATE
+    if f".{MIXTURE}." in name:
+        return "mixture_gate" if name.endswith(".token_projection") else "mixture"
     plain = name.replace(".base_layer", "")
     return "attention" if any(f".{module}." in plain for module in attention) else "other"
 

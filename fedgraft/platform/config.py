@@ -15,12 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 import fedgraft.aggregation  # noqa: F401  (its files register the methods that the validators look up)
 from fedgraft.data.config import DataConfig
 from fedgraft.errors import MethodError
+from fedgraft.platform.budgets import BudgetsConfig
 from fedgraft.platform.tracking import TrackingConfig
-from fedgraft.protocols import MethodConfig
+from fedgraft.protocols import MethodConfig, TrainSpec
 from fedgraft.registry import METHODS
 from fedgraft.training.config import EngineConfig, deepspeed_settings
 
 __all__ = [
+    "BudgetsConfig",
     "CompareConfig",
     "EngineConfig",
     "EvaluationConfig",
@@ -67,6 +69,7 @@ class FederationConfig(_Frozen):
     local_steps: int = Field(10, ge=1, le=1_000_000, description="Optimiser steps of a client in a round.")
     batch_size: int = Field(8, ge=1, le=65_536, description="Examples of a local step.")
     task_timeout_s: float = Field(3600.0, gt=0, description="Longest time that one client's task may take.")
+    budgets: BudgetsConfig | None = Field(None, description="What clients may hold or train; null: everything.")
 
 
 class TrainingConfig(_Frozen):
@@ -76,6 +79,15 @@ class TrainingConfig(_Frozen):
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Local optimiser, fresh in every round.")
     weight_decay: float = Field(0.0, ge=0, le=10, description="Decoupled weight decay.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the norm of the whole gradient; null: no clipping.")
+
+    def spec(self) -> TrainSpec:
+        """The numbers of a local training, with this learning rate."""
+        return TrainSpec(
+            learning_rate=self.learning_rate,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
 
 
 class EvaluationConfig(_Frozen):
@@ -220,6 +232,12 @@ class RunConfig(_Frozen):
             raise ValueError("training.learning_rate has no effect beside rate_search; remove one of the two")
         if self.federation.cohort_size is not None and self.federation.min_clients > self.federation.cohort_size:
             raise ValueError("federation.min_clients is larger than federation.cohort_size: no round could go on")
+        used = [label for label, method in self.methods().items() if METHODS.get(method.name).budget_use != "none"]
+        if self.federation.budgets is not None and not used:
+            raise ValueError(
+                f"federation.budgets has no effect: {', '.join(self.methods())} does not use budgets; remove it, or run a method "
+                "that does (fedgraft methods)"
+            )
         return self
 
     @model_validator(mode="after")
@@ -263,8 +281,10 @@ class RunConfig(_Frozen):
         for label, method in self.methods().items():
             if self.training.optimizer == "sgd" and METHODS.get(method.name).is_centralised:
                 raise ValueError(f"{label} trains with adamw only; set training.optimizer: adamw")
-            if self.training.optimizer == "sgd" and getattr(method, "persist_optimizer", False):
-                raise ValueError(f"persist_optimizer of {label} has no effect with training.optimizer: sgd")
+            try:
+                METHODS.build(method).check_training(self.training.spec())
+            except ValueError as error:
+                raise ValueError(f"{label}: {error}") from None
         return self
 
     def absolute(self) -> RunConfig:
@@ -277,10 +297,15 @@ class RunConfig(_Frozen):
         data = fix(self.data, "path").model_copy(
             update={"retention": fix(self.data.retention, "path"), "questions": fix(self.data.questions, "path")}
         )
+        budgets = self.federation.budgets
+        federation = (
+            self.federation if budgets is None else self.federation.model_copy(update={"budgets": fix(budgets, "profile")})
+        )
         return self.model_copy(
             update={
                 "model": fix(self.model, "path"),
                 "data": data,
+                "federation": federation,
                 "output": fix(self.output, "folder", "cache"),
                 "method_files": tuple(path.resolve() for path in self.method_files),
             }

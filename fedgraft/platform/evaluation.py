@@ -9,6 +9,7 @@ from typing import Any
 from fedgraft.actors.hosting import Pool
 from fedgraft.errors import FedgraftError
 from fedgraft.platform.config import EvaluationConfig
+from fedgraft.platform.task_checks import check_evaluation
 from fedgraft.protocols import Method
 from fedgraft.types import (
     Broadcast,
@@ -121,7 +122,9 @@ class Evaluator:
                 metrics=names,
                 state_version=None if client_id is None or view == "global" else versions.get(client_id),
             )
-            return self._method.evaluation(state, task)
+            task = self._method.evaluation(state, task)
+            check_evaluation(task, self._method.federation, state)
+            return task
 
         found: list[EvaluationTask] = []
         has_personal = self._has_private and round_idx > 0

@@ -199,7 +199,12 @@ def _places() -> dict[str, list[str]]:
 
 
 def _missing_inputs(tree: Mapping[str, Any]) -> Iterator[Found]:
-    for path in (("data", "path"), ("data", "retention", "path"), ("data", "questions", "path")):
+    for path in (
+        ("data", "path"),
+        ("data", "retention", "path"),
+        ("data", "questions", "path"),
+        ("federation", "budgets", "profile"),
+    ):
         given = _get(tree, path)
         if isinstance(given, str | Path) and not Path(given).expanduser().exists():
             yield Found(

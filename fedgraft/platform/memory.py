@@ -210,7 +210,8 @@ def _layer_bytes(model: ModelPlan, slots: SlotSizes, length: int) -> tuple[int, 
     s (4 A + 4 D + S): queries, keys, values, attention's output, two norms and two residuals, a row of the mask of a padded
     batch. In bfloat16 4 (3 D + A) + 2 D more: the LoRA's float32 inputs and the norms'. Experts s K (D + 3 F), and
     s K (D + F) more where their own weights train; shared expert or dense layer 3 s of its width; grafts in float32 16 F each,
-    and 4 D each and twice more.
+    and 4 D each and twice more. A mixture in float32 for each of its maps, with S slots of rank R: 4 R (3 S + 1), of each slot
+    its first map's output, that times its weight, and its product with the token's; 4 R more for the shared LoRA.
     """
     facts, s = model.facts, model.itemsize
     hidden, expert = facts.hidden_size, facts.expert_size
@@ -223,6 +224,10 @@ def _layer_bytes(model: ModelPlan, slots: SlotSizes, length: int) -> tuple[int, 
     graft = slots.slots.graft
     if graft is not None:
         moe += _WIDE * (4 * graft.num_grafts * graft.num_neurons + (graft.num_grafts + 2) * hidden)
+    mixture = slots.slots.mixture
+    if mixture is not None:
+        maps = [each for each in facts.attention if each.name.rpartition(".")[2] in mixture.targets]
+        always += _WIDE * len(maps) * mixture.rank * (3 * mixture.num_slots + 1 + mixture.has_shared)
     return always + moe, always + 3 * s * model.dense_size if model.dense_size else 0
 
 

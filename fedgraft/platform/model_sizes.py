@@ -16,7 +16,7 @@ from fedgraft.moe.slots import add_slots
 from fedgraft.platform.bundled_model import bundled_hf_config
 from fedgraft.platform.config import ModelConfig
 from fedgraft.protocols import Method
-from fedgraft.types import FROZEN, PRIVATE, ModelFacts, Slots
+from fedgraft.types import FROZEN, PRIVATE, ModelFacts, ParamRef, Slots
 
 __all__ = ["ModelPlan", "SlotCount", "SlotSizes", "read_hf_config", "size_model", "size_slots"]
 
@@ -58,11 +58,14 @@ class SlotCount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotSizes:
-    """A method's slots in values, by kind: ``lora``, ``graft`` (with its gates), ``full`` (parts trained in full).
+    """A method's slots in values, by kind: ``lora`` (mixtures and gates over examples too), ``graft`` (with its gates), ``full``
+    (parts trained in full).
 
     ``trained_*`` leave out what the method tags frozen. ``sent`` may leave the client, ``private`` stays, ``persisted`` are
     those whose moments are kept between rounds. ``merged`` are the base's values under a LoRA over fused experts, whose sum with
-    it PEFT builds anew in every pass. ``active`` are the trained and frozen values that one token passes through.
+    it PEFT builds anew in every pass. ``active`` are the trained and frozen values that one token passes through. ``expert_*``
+    are the slots of all routed experts together: ``expert_lora`` values of LoRA over them, and of those and of experts trained in
+    full what trains (``expert_wide``, ``expert_full``).
     """
 
     slots: Slots
@@ -77,6 +80,9 @@ class SlotSizes:
     persisted: int = 0
     merged: int = 0
     active: int = 0
+    expert_lora: int = 0
+    expert_wide: int = 0
+    expert_full: int = 0
 
     @property
     def values(self) -> int:
@@ -139,18 +145,22 @@ def size_slots(method: Method, hf_config: Any, dtype: str, facts: ModelFacts) ->
     with torch.device("meta"):
         refs = add_slots(model, slots)
     by_group: dict[str, int] = {}
-    count = dict.fromkeys(("lora", "graft", "full", "trained_wide", "trained_full", "sent", "private", "persisted"), 0)
+    names = ("lora", "graft", "full", "trained_wide", "trained_full", "sent", "private", "persisted")
+    count = dict.fromkeys((*names, "expert_lora", "expert_wide", "expert_full"), 0)
     active = 0.0
     for ref in refs:
         group, size = method.group(ref), ref.num_elements
         by_group[str(group.kind)] = by_group.get(str(group.kind), 0) + size
-        kind = "graft" if ref.part in ("graft", "graft_gate") else "full" if ref.adapter is None else "lora"
+        kind = "graft" if ref.part in ("graft", "graft_gate") else "lora" if _is_lora(ref) else "full"
         count[kind] += size
         if group != FROZEN:
             count["trained_full" if kind == "full" else "trained_wide"] += size
         count["sent"] += size * group.is_sent
         count["private"] += size * (group == PRIVATE)
         count["persisted"] += size * (group == PRIVATE and method.persists_moments(ref))
+        if ref.part == "experts":
+            count["expert_lora"] += size * (kind == "lora")
+            count["expert_full" if kind == "full" else "expert_wide"] += size * (group != FROZEN)
         active += size * (facts.top_k / facts.num_experts if ref.part == "experts" else 1.0)
     wide = torch.float32.itemsize  # what is trained is sent as float32, whatever the base is
     has_merged = any("experts" in adapter.targets for adapter in slots.adapters)
@@ -163,6 +173,10 @@ def size_slots(method: Method, hf_config: Any, dtype: str, facts: ModelFacts) ->
         active=round(active),
         **count,
     )
+
+
+def _is_lora(ref: ParamRef) -> bool:
+    return ref.adapter is not None or ref.part in ("mixture", "mixture_gate", "example_gate")
 
 
 def _on_meta(hf_config: Any, dtype: str) -> nn.Module:

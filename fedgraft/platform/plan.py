@@ -8,7 +8,7 @@ methods send beside parameters, are known only when they run. Memory (``fedgraft
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgraft.data.config import DataConfig
-from fedgraft.data.corpus import CLIENT_DOMAINS, generate
+from fedgraft.data.corpus import CLIENT_DOMAINS
 from fedgraft.errors import ConfigError
+from fedgraft.platform.budget_sizes import BudgetUse, flops_per_token, run_budgets, tokens_per_example
+from fedgraft.platform.budgets import distribution_text
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.fitting import Need, is_cluster, need_of, num_replicas, refusal_of
 from fedgraft.platform.loading import dump_config
@@ -33,7 +35,7 @@ from fedgraft.protocols import Method
 from fedgraft.registry import METHODS
 from fedgraft.training.deepspeed_engine import refuse_slots
 from fedgraft.training.expert_parallel import refuse_expert_parallel
-from fedgraft.types import ModelFacts
+from fedgraft.types import Budget, ModelFacts
 
 __all__ = [
     "MachineFacts",
@@ -60,7 +62,8 @@ class MethodPlan:
     """What one method will need. Bytes and steps are those of all seeds; ``None`` where the number of clients is not known.
 
     ``need`` is the memory of one replica and what there is for it; ``search_rounds`` are rounds of the rate search, whose
-    bytes no ledger of a run counts; ``seconds`` covers both.
+    bytes no ledger of a run counts; ``seconds`` covers both. ``budgets`` are the clients' with the first seed, empty where there
+    are none or the number of clients is not known; ``budget_use`` says what they bound.
     """
 
     label: str
@@ -74,6 +77,8 @@ class MethodPlan:
     local_steps: int | None
     run_bytes: int | None
     seconds: float | None
+    budget_use: BudgetUse = "none"
+    budgets: tuple[Budget, ...] = ()
 
     def values(self, group: str) -> int:
         """Values of the slots of a group."""
@@ -108,6 +113,7 @@ class Plan:
     seeds: int
     refusal: ConfigError | None = None
     is_cluster: bool = False
+    has_budgets: bool = False
 
     def require_fit(self) -> None:
         """Refuse a run that cannot fit.
@@ -194,6 +200,8 @@ class Plan:
             notes.append("rounds + rounds of the learning-rate search; steps and time cover both, bytes the run alone.")
         if self.evaluated_examples is None:
             notes.append("The size of the test splits is known only with the data: the time is that of training alone.")
+        if self.has_budgets:
+            notes += [_budget_note(each) for each in self.methods]
         return Text("\n".join(notes), style="dim")
 
 
@@ -214,7 +222,7 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
     cohort = config.federation.cohort_size
     if num_clients is not None and cohort is not None:
         cohort = min(cohort, num_clients)
-    tokens = _tokens_per_example(config.data)
+    tokens = tokens_per_example(config.data)
     evaluated = _evaluated_examples(config.data, num_clients)
     found = machine or _measured_machine(config, model.facts)
     built = {label: METHODS.build(method) for label, method in config.methods().items()}
@@ -222,7 +230,11 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
         _refuse(config, method, hf_config, model.facts)
     slots = {label: size_slots(method, hf_config, config.model.dtype, model.facts) for label, method in built.items()}
     plans = tuple(
-        _method_plan(config, label, method, slots[label], model, found, num_clients, tokens, evaluated)
+        replace(
+            _method_plan(config, label, method, slots[label], model, found, num_clients, tokens, evaluated),
+            budget_use=method.budget_use,
+            budgets=_budgets(config, label, (model, slots[label]), num_clients),
+        )
         for label, method in built.items()
     )
     return Plan(
@@ -237,6 +249,7 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
         seeds=len(config.seeds),
         refusal=refusal_of(config, model, slots, found),
         is_cluster=is_cluster(config),
+        has_budgets=config.federation.budgets is not None,
     )
 
 
@@ -259,15 +272,6 @@ def this_machine(speed: float = 1.0) -> MachineFacts:
         gpu_bytes=gpu_memory(),
         speed=speed,
     )
-
-
-def flops_per_token(active: int, trained: int, *, is_training: bool) -> int:
-    """Count a token's FLOPs: 2 active forward; training adds 2 active for activations' gradients and 6 trained for slots.
-
-    A frozen weight costs 2 forward and 2 backward (it passes the gradient on, but needs none itself); a trained value costs
-    2 forward, 2 backward and 2 for its own gradient. ``trained`` counts the values that a token passes through.
-    """
-    return 4 * active + 6 * trained if is_training else 2 * (active + trained)
 
 
 def _refuse(config: RunConfig, method: Method, hf_config: Any, facts: ModelFacts) -> None:
@@ -331,20 +335,32 @@ def _method_plan(
     )
 
 
+def _budgets(config: RunConfig, label: str, sizes: tuple[ModelPlan, SlotSizes], num_clients: int | None) -> tuple[Budget, ...]:
+    """The clients' budgets with the first seed; those of the others are tried as well, so that none fails later."""
+    if num_clients is None:
+        return ()
+    method = config.methods()[label]
+    found = [
+        run_budgets(config, method, seed=seed, num_clients=num_clients, label=label, source="<config>", sizes=sizes)
+        for seed in config.seeds
+    ]
+    return found[0]
+
+
+def _budget_note(plan: MethodPlan) -> str:
+    if plan.budget_use == "none":
+        return f"{plan.label} does not use budgets: every client holds and trains everything."
+    if not plan.budgets:
+        return f"{plan.label}: budgets are drawn once the number of clients is known."
+    verb = "holds" if plan.budget_use == "holds" else "trains in a step"
+    counts = distribution_text(budget.experts_per_layer for budget in plan.budgets)
+    return f"budgets of {plan.label}, what a client {verb}: {counts} (first seed)."
+
+
 def _num_clients(data: DataConfig) -> int | None:
     if data.partition.name == "natural" and data.is_bundled:
         return min(data.num_clients or len(CLIENT_DOMAINS), len(CLIENT_DOMAINS))
     return data.num_clients
-
-
-def _tokens_per_example(data: DataConfig) -> int:
-    """Tokens of an example: of the bundled corpus from a sample, four characters a token and 8 for the chat template; else
-    the longest allowed.
-    """
-    if not data.is_bundled:
-        return data.max_length
-    texts = [len(each.prompt) + len(each.response) for name in CLIENT_DOMAINS for each in generate(name, "test", 16, 0)]
-    return min(data.max_length, 8 + round(sum(texts) / len(texts) / 4))
 
 
 def _evaluated_examples(data: DataConfig, num_clients: int | None) -> int | None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from fedgraft.platform.progress import Event
 from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.sampling import sample_cohort
 from fedgraft.platform.state_store import ClientStateStore
+from fedgraft.platform.task_checks import check_budget, check_cohort, check_task, check_weights, is_held, spread_names
 from fedgraft.platform.tracking import Tracker
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import Method, Reduced, Weights, merge_metrics
@@ -41,7 +41,6 @@ from fedgraft.types import (
     ClientUpdate,
     Federation,
     Group,
-    GroupKind,
     RoundPlan,
     ServerState,
     TensorInfo,
@@ -105,7 +104,7 @@ class RoundLoop:
         self._groups: dict[str, Group] = {}
         self._versions: dict[int, int] = {}
         self._failures: list[dict[str, Any]] = []
-        self._made_again: list[ClientTask] = []
+        self._made_again: list[tuple[ClientTask, ClientUpdate]] = []
         self._parts: dict[int, dict[int, int]] = {}
 
     def run(self) -> ServerState:
@@ -162,6 +161,7 @@ class RoundLoop:
             has_private=method.is_personal(self._groups),
             has_shared=any(group.is_sent for group in self._groups.values()),
         )
+        self._note_budgets(is_new=done == 0, rounds=rounds)
         for round_idx in range(done + 1, rounds + 1):
             if self._is_stopping():
                 raise RunInterrupted(f"{job.label} stopped after round {round_idx - 1} of {rounds}", "it can be resumed")
@@ -186,6 +186,27 @@ class RoundLoop:
             budgets=job.budgets,
         )
 
+    def _note_budgets(self, *, is_new: bool, rounds: int) -> None:
+        """Write the clients' budgets down, and say so where the method does not use them.
+
+        Raises:
+            CheckpointError: The run was begun with other budgets.
+        """
+        job = self._job
+        if not job.budgets:
+            return
+        found = [asdict(budget) for budget in job.budgets]
+        before = self._folder.read_info().get("budgets", found)
+        if before != found and not is_new:
+            raise CheckpointError(
+                f"{job.label} was begun with other budgets of its clients",
+                "put the device profile back as it was, or start a new run",
+            )
+        self._folder.write_info(budget_use=self._method.budget_use, budgets=found)
+        if self._method.budget_use == "none" and is_new and rounds:
+            text = f"{self._method.name} does not use budgets: every client holds and trains everything"
+            self._emit(Event(kind="note", label=job.label, data={"text": text}))
+
     def _first_state(self) -> ServerState:
         """The state before round 1; what comes trained from elsewhere is kept as a checkpoint at once."""
         state = self._method.init(self._pool.call("initial_params")[0], self._job.num_clients)
@@ -203,6 +224,7 @@ class RoundLoop:
         plan = method.plan(state, default)
         drawn = sample_cohort(job.worker.run_seed, round_idx, job.num_clients, job.federation.cohort_size)
         cohort = method.select(state, plan, drawn)
+        check_cohort(cohort, job.num_clients)
         assignments = method.assign(state, plan, cohort)
         is_last = round_idx == rounds
         tasks = [self._task(state, plan, client_id, assignments.get(client_id), is_last=is_last) for client_id in cohort]
@@ -211,9 +233,11 @@ class RoundLoop:
         updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
         self._check_quorum(updates, len(cohort), round_idx)
         weights = method.weigh(state, updates)
+        check_weights(weights, len(updates))
         reduced = self._reduce(tasks, outcomes, handles, weights, shared)
-        for task in self._made_again:
-            rows += _charge(task, self._describe_sent(task, state), None, num_tries=1, attempt=2)
+        for task, again in self._made_again:
+            down = (*self._describe_sent(task, state), *self._describe_requested(again, state))
+            rows += _charge(task, down, None, num_tries=1, attempt=2)
         self._made_again.clear()
         new_state = method.aggregate(state, reduced, updates)
         for update in updates:
@@ -235,7 +259,7 @@ class RoundLoop:
         task = ClientTask(
             client_id=client_id,
             plan=plan,
-            keys=tuple(key for key in state.params if key in self._groups and _is_held(self._groups[key], assignment)),
+            keys=tuple(key for key in state.params if key in self._groups and is_held(self._groups[key], assignment)),
             extra_keys=tuple(state.extras),
             assignment=assignment,
             budget=self._method.federation.budget(client_id),
@@ -244,7 +268,8 @@ class RoundLoop:
             num_parts=self._known_parts(client_id, plan.round_idx),
         )
         task = self._method.task(state, task)
-        check_task(task, self._groups, state)
+        check_task(task, self._method.federation, state)
+        check_budget(task, self._method.federation, self._method.budget_use)
         return task
 
     def _train(
@@ -366,11 +391,12 @@ class RoundLoop:
             made_as = replace(tasks[position], num_parts=outcome.num_parts)
             tensors = self._fetch(made_as, handles[position], shared)
             handles[position] = None  # the store may let go of it
-            named = {
-                name: tensor
-                for key, tensor in tensors.items()
-                for name in spread_names(weights, _address(tasks[position], outcome, key))
-            }
+            named: dict[str, torch.Tensor] = {}
+            for key, tensor in tensors.items():
+                for name in spread_names(weights, _address(tasks[position], outcome, key)):
+                    if name in named:
+                        raise MethodError(f"two tensors of client {outcome.client_id} would be summed as {name}", "see spread")
+                    named[name] = tensor
             weight = {name: weights.of(name)[place] for name in named}
             try:
                 tree.add(position, leaf(named, weight))
@@ -395,7 +421,7 @@ class RoundLoop:
                 if finished.error is not None or isinstance(finished.value, ClientFailure):
                     break
                 handle = finished.handle
-                self._made_again.append(task)
+                self._made_again.append((task, finished.value))
         raise QuorumError(f"the update of client {task.client_id} was lost and could not be made again", "resume the run")
 
     def _record(self, round_idx: int, updates: Sequence[ClientUpdate], rows: Sequence[Entry], seconds: float) -> dict[str, float]:
@@ -453,39 +479,9 @@ class RoundLoop:
             )
 
 
-def check_task(task: ClientTask, groups: Mapping[str, Group], state: ServerState) -> None:
-    """Refuse a task whose keys and addresses do not fit together, before anything is sent.
-
-    Raises:
-        MethodError: A key is no slot, two slots share an address, or the server has no tensor of such a name.
-    """
-    names = [task.addresses.get(key, key) for key in task.keys]
-    unknown = [name for name in names if name not in state.params] + [key for key in task.keys if key not in groups]
-    if unknown:
-        raise MethodError(f"the task of client {task.client_id} names {', '.join(unknown[:3])}, which the server does not have")
-    if len(set(names)) != len(names):
-        twice = sorted(name for name, count in Counter(names).items() if count > 1)
-        raise MethodError(
-            f"the task of client {task.client_id} puts {', '.join(twice[:3])} into two slots",
-            "tie slots on the client: what a client holds twice would count twice in the sum",
-        )
-
-
-def spread_names(weights: Weights, name: str) -> tuple[str, ...]:
-    """Names that a tensor is summed under."""
-    return weights.spread.get(name, (name,))
-
-
 def _address(task: ClientTask, outcome: ClientUpdate, key: str) -> str:
     """The server's name for what a client calls ``key``."""
     return outcome.requested.get(key) or task.addresses.get(key, key)
-
-
-def _is_held(group: Group, assignment: Assignment | None) -> bool:
-    """Whether a client with this assignment holds a slot: all but those of experts that it was not assigned."""
-    if assignment is None or group.kind is not GroupKind.ASSIGNED or group.layer is None or group.layer not in assignment:
-        return True
-    return group.expert in assignment[group.layer]
 
 
 def usage_entropy(tokens_LE: torch.Tensor) -> list[float]:

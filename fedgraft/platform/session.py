@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,11 +68,19 @@ class ClientSession:
         """Take what this client asked for out of the broadcast: slots by the server's names.
 
         Raises:
-            UpdateError: The server has no tensor of such a name.
+            UpdateError: The server has no tensor of such a name, or, in training, two slots would hold the same one.
         """
         unknown = [name for name in wanted.values() if name not in self._broadcast.params]
         if unknown:
             raise UpdateError(f"client {self._client_id} asked for {', '.join(unknown[:3])}, which the server does not have")
+        if isinstance(self.task, ClientTask):
+            held = {key: self.task.addresses.get(key, key) for key in self.task.keys} | dict(wanted)
+            twice = sorted(name for name, count in Counter(held.values()).items() if count > 1)
+            if twice:
+                raise UpdateError(
+                    f"client {self._client_id} asked for {', '.join(twice[:3])} in two slots",
+                    "what a client holds twice would count twice in the sum",
+                )
         self.requested = dict(wanted)
         self.received |= {key: self._broadcast.params[name] for key, name in wanted.items()}
 

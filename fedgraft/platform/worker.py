@@ -22,7 +22,7 @@ import fedgraft.aggregation  # noqa: F401  (registers the methods)
 from fedgraft.data.batches import eval_batches
 from fedgraft.data.prepared import PreparedData, TokenizedSplit
 from fedgraft.data.tokenise import load_tokenizer, pad_token_id
-from fedgraft.errors import GroupViolation, ModelError, ReplicaError, UpdateError
+from fedgraft.errors import BudgetViolation, GroupViolation, ModelError, ReplicaError, UpdateError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.sharding import full_shape, gathered
@@ -30,6 +30,7 @@ from fedgraft.moe.surgery import mask_experts
 from fedgraft.platform.ledger import describe, refuse_private
 from fedgraft.platform.session import ClientSession
 from fedgraft.platform.state_store import ClientStateStore
+from fedgraft.platform.task_checks import check_step, is_held
 from fedgraft.protocols import Engine, Method, TrainResult, TrainSpec
 from fedgraft.registry import METHODS, load_entry_points, load_method_file
 from fedgraft.training.config import EngineConfig, deepspeed_settings
@@ -123,6 +124,7 @@ class ClientWorker:
         self._frozen = {
             name: parameter for name, parameter in model.named_parameters() if name not in {ref.name for ref in self.engine.refs}
         }
+        self._keeps_state = bool(self.private) or self.method.keeps_client_state
         self._store = ClientStateStore(spec.state_folder)
 
     def _build_engine(self) -> Engine:
@@ -211,7 +213,7 @@ class ClientWorker:
             with ExitStack() as stack:
                 session, spec = self._host(task, task.client_id, broadcast, stack, wants_private=True)
                 spec = replace(spec, num_parts=num_parts)
-                sent = [key for key in (*task.keys, *session.requested) if key in self.sent]
+                sent = [key for key in dict.fromkeys((*task.keys, *session.requested)) if key in self.sent]
                 # Read back rather than taken from the broadcast: a narrower model rounds what it is given.
                 start = self.engine.read(sent)
                 stage = "train"
@@ -222,7 +224,7 @@ class ClientWorker:
                 result = self.method.local(session, train)
                 stage = "reply"
                 return self._reply(session, task, result, start)
-        except (GroupViolation, ReplicaError):
+        except (BudgetViolation, GroupViolation, ReplicaError):
             raise  # a broken promise of the method ends the run, a broken replica is replaced: neither is a client's bad luck
         except Exception as error:
             if stage == "train" and is_out_of_memory(error):
@@ -286,7 +288,7 @@ class ClientWorker:
             batch_size=self.spec.batch_size,
         )
         self.engine.load(self.engine.initial)
-        if wants_private and (self.private or self.method.keeps_client_state):
+        if wants_private and self._keeps_state:
             if task.state_version is None:
                 session.private = {key: self.engine.initial[key].clone() for key in self.private}
                 self.method.setup(session)
@@ -307,6 +309,13 @@ class ClientWorker:
     def _train(
         self, session: ClientSession, spec: TrainSpec, keys: Sequence[str], batches: Iterable[Batch] | None
     ) -> TrainResult:
+        watched = self._watched_experts(session, keys)
+
+        def after_backward(step: int) -> None:
+            self.method.after_backward(session, step)
+            if watched:
+                check_step(session.task, self.engine.read_gradients(watched), watched, step)
+
         moments = {key.removeprefix("optimizer/"): v for key, v in session.private.items() if key.startswith("optimizer/")}
         return self.engine.train(
             session.train_batches() if batches is None else batches,
@@ -315,15 +324,24 @@ class ClientWorker:
             seed=session.seed("dropout"),
             terms=lambda batch, output: self.method.terms(session, batch, output),
             objective=self.method.objective(session),
-            after_backward=lambda step: self.method.after_backward(session, step),
+            after_backward=after_backward,
             optimizer_state=moments,
             keep_optimizer_state=[key for key in self._persisted if key in set(keys)],
         )
+
+    def _watched_experts(self, session: ClientSession, keys: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Layer and expert of each trained slot of a routed expert, where the client's budget bounds what a step changes."""
+        budget = session.task.budget if isinstance(session.task, ClientTask) else None
+        if self.method.budget_use != "trains" or budget is None or budget.experts_per_layer is None:
+            return {}
+        refs = [self._refs[key] for key in keys if self._refs[key].part == "experts"]
+        return {ref.key: (ref.layer, ref.expert) for ref in refs if ref.layer is not None and ref.expert is not None}
 
     def _reply(self, session: ClientSession, task: ClientTask, result: TrainResult, start: Params) -> tuple[ClientUpdate, Params]:
         """Take the deltas of what is sent, store what is private, and describe the payload."""
         trained = self.engine.read(self._uploads(session, start))
         delta = {key: value - start[key] for key, value in trained.items()}
+        self._check_held(task, delta)
         version: int | None = None
         if self.private:
             session.private.update(self.engine.read(self.private))
@@ -345,7 +363,12 @@ class ClientWorker:
         )
         update, extras = self.method.reply(session, update)
         _require_finite(delta | extras, session.private)
-        if session.private:
+        if session.private and not self._keeps_state:
+            raise GroupViolation(
+                f"{self.method.name} puts {min(session.private)} into session.private, which nobody would give back to it",
+                "set keeps_client_state = True in the method",
+            )
+        if self._keeps_state:
             version = task.round_idx
             if self.engine.is_leader:
                 self._store.write(task.client_id, version, session.private)
@@ -362,6 +385,15 @@ class ClientWorker:
             diagnostics["frozen_hash"] = self.engine.frozen_hash()
         update = replace(update, payload=payload, state_version=version, diagnostics=diagnostics)
         return update, delta | {f"extras/{key}": value for key, value in extras.items()}
+
+    def _check_held(self, task: ClientTask, delta: Params) -> None:
+        """Refuse tensors of experts that the client's assignment leaves out; it may have asked for some itself."""
+        alien = [key for key in delta if not is_held(self.groups[key], task.assignment)]
+        if alien:
+            raise GroupViolation(
+                f"client {task.client_id}, round {task.round_idx}: {alien[0]} belongs to an expert that it does not hold",
+                "request() may fill only slots of the client's assignment",
+            )
 
     def _uploads(self, session: ClientSession, start: Params) -> Sequence[str]:
         """The trained keys that the method sends back: some of those that the client received, each once."""

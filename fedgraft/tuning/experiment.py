@@ -37,6 +37,7 @@ from fedgraft.errors import (
     RunInterrupted,
 )
 from fedgraft.moe.base import cache_base
+from fedgraft.platform.budget_sizes import run_budgets
 from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import launch
@@ -50,10 +51,11 @@ from fedgraft.platform.run_folder import RunFolder, write_json
 from fedgraft.platform.run_record import begin_record, describe_model, package_versions
 from fedgraft.platform.tracking import Tracker, TrackingConfig
 from fedgraft.platform.worker import WorkerSpec
-from fedgraft.protocols import MethodConfig, TrainSpec
+from fedgraft.protocols import MethodConfig
 from fedgraft.registry import METHODS
 from fedgraft.tuning.rates import choose_rate, read_choice, validation_loss
 from fedgraft.tuning.references import Reference, train_reference
+from fedgraft.types import Budget
 
 __all__ = ["Experiment", "run"]
 
@@ -387,12 +389,7 @@ class _Execution:
             method_files=tuple(path.resolve() for path in config.method_files),
             run_seed=seed,
             batch_size=config.federation.batch_size,
-            train=TrainSpec(
-                learning_rate=rate,
-                optimizer=training.optimizer,
-                weight_decay=training.weight_decay,
-                max_grad_norm=training.max_grad_norm,
-            ),
+            train=replace(training.spec(), learning_rate=rate),
             dtype=config.model.dtype,
             engine=config.resolved_engine(),
             timeout_s=config.federation.task_timeout_s,
@@ -412,7 +409,12 @@ class _Execution:
             federation=config.federation,
             evaluation=evaluation,
             checkpoint_every=rounds if purpose == "search" else config.output.checkpoint_every,
+            budgets=self._budgets(label, method, seed, PreparedData.open(data).num_clients),
         )
+
+    def _budgets(self, label: str, method: MethodConfig, seed: int, num_clients: int) -> tuple[Budget, ...]:
+        source = str(self._folder / "config.yaml")
+        return run_budgets(self._config, method, seed=seed, num_clients=num_clients, label=label, source=source)
 
     def _loop(self, job: RunJob, pool: Pool, tracker: Tracker) -> RoundLoop:
         return RoundLoop(job, pool, tracker=tracker, emit=self._context.emit, is_stopping=self._context.is_stopping)

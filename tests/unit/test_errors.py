@@ -27,7 +27,8 @@ def make(cls: type[FedgraftError]) -> FedgraftError:
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
-    drawn = dict(re.findall(r"^ {4,6}(\w+Error|GroupViolation|RunInterrupted) +(\d+)", errors.__doc__ or "", re.M))
+    names = r"\w+Error|BudgetViolation|GroupViolation|RunInterrupted"
+    drawn = dict(re.findall(rf"^ {{4,6}}({names}) +(\d+)", errors.__doc__ or "", re.M))
     assert drawn == {cls.__name__: str(cls.exit_code) for cls in CLASSES}
     assert {cls.__name__ for cls in CLASSES} | {"Problem"} == set(errors.__all__)
     assert all(cls.__bases__ == ((Exception,) if cls is FedgraftError else (FedgraftError,)) for cls in CLASSES)

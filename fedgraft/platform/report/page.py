@@ -11,6 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from fedgraft.errors import FedgraftError
+from fedgraft.platform.budgets import distribution_text
 from fedgraft.platform.report import figures
 from fedgraft.platform.report.inside import INSIDE_SECTIONS
 from fedgraft.platform.report.outcome import OUTCOME_SECTIONS
@@ -103,9 +104,23 @@ def _facts(subject: Subject) -> list[tuple[str, str]]:
         ("Clients", str(info.get("num_clients", len(subject.names)))),
         ("Rounds", str(info.get("rounds", "-"))),
         ("Seeds" if len(seeds) > 1 else "Seed", ", ".join(map(str, seeds))),
+        *_budgets(subject),
         ("Started", str(info.get("started_at", "-"))),
         ("Status", ", ".join(statuses)),
     ]
+
+
+def _budgets(subject: Subject) -> list[tuple[str, str]]:
+    """What clients may hold or train in each method's first run; nothing where no run has budgets."""
+    texts = []
+    for label, runs in subject.runs.items():
+        info = runs[0].info if runs else {}
+        if not info.get("budgets"):
+            continue
+        use = info.get("budget_use")
+        counts = distribution_text(each.get("experts_per_layer") for each in info["budgets"])
+        texts.append(f"{label}: not used, every client holds everything" if use == "none" else f"{label} ({use}): {counts}")
+    return [("Budgets", "; ".join(texts))] if texts else []
 
 
 def _model_name(run: RunResult) -> str:

@@ -127,7 +127,7 @@ def every_slots(layers: tuple[int, ...]) -> list[Slots]:
 def test_sizes_are_known_before_a_model_is_loaded(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
     facts = model_facts(tiny_model(family).config)
     for slots in every_slots(facts.layers):
-        expected = dict.fromkeys((*PARTS, "graft", "graft_gate"), 0)
+        expected = dict.fromkeys((*PARTS, "graft", "graft_gate", "mixture", "mixture_gate"), 0)
         for ref in add_slots(tiny_model(family), slots):
             expected[ref.part] += math.prod(ref.shape)
         assert count_slot_elements(facts, slots) == expected, slots

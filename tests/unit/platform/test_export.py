@@ -445,3 +445,15 @@ def test_the_command_exports_a_real_experiment(make_base: Callable[..., Path], d
         rows = rows[(rows["round"] == 2) & (rows["view"] == "personal") & (rows["client_id"] == 1) & (rows["task"] == "client")]
         recorded = rows[rows["metric"] == "nll"]["value"].item()
         assert score_batches(model, batches)["nll"].mean == pytest.approx(recorded, rel=1e-6)
+
+
+def test_a_model_that_is_more_than_its_slots_is_not_exported(
+    train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = train({"name": "fedavg"})
+    monkeypatch.setattr(METHODS.get("fedavg"), "is_slots_only", False)
+    with pytest.raises(FedgraftError, match=r"a model of FedAvg is more than weights.*\n.*checkpoints are safetensors"):
+        fedgraft.export(trained.folder)
+    assert not (trained.folder / "exports").exists()
+    monkeypatch.setattr(METHODS.get("fedavg"), "is_slots_only", True)
+    assert fedgraft.export(trained.folder).folder.is_dir()

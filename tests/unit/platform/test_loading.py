@@ -171,12 +171,12 @@ def test_home_is_expanded_and_relative_paths_are_left_to_the_current_directory(
         ("compare.methods.flex.n_grafts=2", "compare.methods.flex.n_grafts", "2", "did you mean 'n_graft'?"),
         ("compare.methods.flex.adapter.rank=0", "compare.methods.flex.adapter.rank", "0", "from 1 to 4096"),
         ("compare.methods.fedavg.lora=[atention]", "compare.methods.fedavg.lora[0]", "'atention'", "did you mean 'attention'"),
-        ("compare.methods.x.name=fedavgg", "compare.methods.x.name", "'fedavgg'", "did you mean 'fedavg'? known: base,"),
+        ("compare.methods.x.name=fedavgg", "compare.methods.x.name", "'fedavgg'", "did you mean 'fedavg' or 'fedavgm'? known: base,"),
         ("compare.methods.x={n_graft: 1}", "compare.methods.x.name", "nothing", "a method's name: base, centralised"),
         ("compare.methods.x=flex", "compare.methods.x", "'flex'", "a mapping with a name"),
         ("compare.methods={}", "compare.methods", "{}", "at least one"),
         ("compare.methods.a/b.name=base", "compare.methods", "{", "letters, digits, spaces"),
-        ("method.name=flexx", "method.name", "'flexx'", "did you mean 'flex'?"),
+        ("method.name=flexx", "method.name", "'flexx'", "did you mean 'flex' or"),
         ("federation", "<overrides>", "'federation'", "key.path=value"),
         ("=3", "<overrides>", "'=3'", "key.path=value"),
         ("federation..rounds=3", "<overrides>", "'federation..rounds=3'", "key.path=value"),
@@ -508,3 +508,25 @@ def test_a_mutated_config_loads_or_is_a_config_error(seed: int) -> None:
     else:
         assert isinstance(config, RunConfig)
         dump_config(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "training", "said"),
+    [
+        ("{name: flex, persist_optimizer: true}", "{optimizer: sgd}", "persist_optimizer has no effect"),
+        ("{name: scaffold, control: option_ii}", "{optimizer: adamw}", "control: option_ii needs training.optimizer: sgd"),
+        ("{name: scaffold, control: option_ii}", "{optimizer: sgd}", "training.max_grad_norm: null"),
+        ("{name: flex, server: {name: scaffold, control: option_ii}}", "{optimizer: adamw}", "flex: control: option_ii needs"),
+        ("{name: centralised}", "{optimizer: sgd}", "trains with adamw only"),
+    ],
+)
+def test_a_method_refuses_a_local_optimiser_that_it_cannot_work_with(method: str, training: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({}, [f"method={method}", f"training={training}"])
+    assert said in str(caught.value)
+
+
+def test_option_ii_of_scaffold_works_with_plain_sgd() -> None:
+    plain = "training={optimizer: sgd, max_grad_norm: null}"
+    config = load_config({}, ["method={name: scaffold, control: option_ii}", plain])
+    assert config.training.spec().optimizer == "sgd"

@@ -1,0 +1,154 @@
+"""What the methods' papers say of MoE models under heterogeneous text, looked for in a base model: no training, one JSON line.
+
+    python benchmarks/phenomena.py --model FOLDER --data dolly15k.jsonl.gz [--out benchmarks/results/phenomena.json]
+
+Eight clients with one category of Dolly each (for the similarity also Dirichlet 1.0), seeds 0, 1, 2; five random draws a control.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgraft.data.batches import eval_batches
+from fedgraft.data.config import DataConfig
+from fedgraft.data.prepare import prepare
+from fedgraft.data.prepared import PreparedData
+from fedgraft.data.tokenise import load_tokenizer, pad_token_id
+from fedgraft.moe.base import cache_base, open_base
+from fedgraft.moe.families import moe_layers
+from fedgraft.moe.surgery import mask_experts
+from fedgraft.moe.trace import trace_routing
+from fedgraft.training.evaluate import score_batches
+from fedgraft.types import Batch
+
+DRAWS = 5
+KEPT = (4, 8, 12)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+
+
+def prepared(arguments: argparse.Namespace, tokenizer: Any, partition: dict[str, Any], seed: int, folder: Path) -> PreparedData:
+    """Clients' examples under one partition and seed."""
+    config = DataConfig.model_validate(
+        {
+            "path": arguments.data,
+            "preset": "dolly",
+            "num_clients": 8,
+            "max_length": 96,
+            "max_train_examples": 64,
+            "max_validation_examples": 16,
+            "max_test_examples": 32,
+            "partition": partition,
+        }
+    )
+    prepare(config, tokenizer, seed, folder)
+    return PreparedData.open(folder)
+
+
+def batches_of(data: PreparedData, client: int, split: Any, pad: int, size: int = 16) -> list[Batch]:
+    """All of a client's split."""
+    return list(eval_batches(data.split(client, split), size, pad))
+
+
+def usage(model: torch.nn.Module, batches: list[Batch]) -> np.ndarray[Any, Any]:
+    """Share of tokens routed to each expert, (L, E); rows sum to top-k."""
+    traces = trace_routing(model, batches)
+    return np.stack([trace.counts.numpy() / len(trace.chosen) for trace in traces.values()])
+
+
+def touched_by_batch_size(model: torch.nn.Module, data: PreparedData, pad: int) -> dict[str, float]:
+    """HFedMoE (card: Fig. 3a): share of a layer's experts that some token of a batch is routed to, by examples of a batch."""
+    found = {}
+    for size in BATCH_SIZES:
+        shares = []
+        for client in range(data.num_clients):
+            for batch in batches_of(data, client, "train", pad, size)[:4]:
+                traces = trace_routing(model, [batch])
+                shares += [float((trace.counts > 0).double().mean()) for trace in traces.values()]
+        found[str(size)] = statistics.fmean(shares)
+    return found
+
+
+def subsets(model: torch.nn.Module, data: PreparedData, pad: int, seed: int) -> dict[str, float]:
+    """FedMoE: NLL with a client's most used experts only, with as many random ones, and with all; mean over clients."""
+    layers = [layer.index for layer in moe_layers(model)]
+    num_experts = moe_layers(model)[0].num_experts
+    rows: dict[str, list[float]] = {}
+    for client in range(data.num_clients):
+        p_LE = usage(model, batches_of(data, client, "train", pad))
+        test = batches_of(data, client, "test", pad)
+        rows.setdefault("all", []).append(score_batches(model, test)["nll"].mean)
+        for kept in KEPT:
+            best = {index: set(np.argsort(-p_LE[place], kind="stable")[:kept].tolist()) for place, index in enumerate(layers)}
+            rows.setdefault(f"best {kept}", []).append(_masked_nll(model, test, best, num_experts))
+            for draw in range(DRAWS):
+                generator = np.random.default_rng((seed, client, kept, draw))
+                random = {index: set(generator.permutation(num_experts)[:kept].tolist()) for index in layers}
+                rows.setdefault(f"random {kept}", []).append(_masked_nll(model, test, random, num_experts))
+    return {name: statistics.fmean(values) for name, values in rows.items()}
+
+
+def _masked_nll(model: torch.nn.Module, test: list[Batch], kept: dict[int, set[int]], num_experts: int) -> float:
+    masked = {index: set(range(num_experts)) - experts for index, experts in kept.items()}
+    with mask_experts(model, masked):
+        return score_batches(model, test)["nll"].mean
+
+
+def similarity(model: torch.nn.Module, data: PreparedData, pad: int) -> float:
+    """FedMoE: mean cosine of the usage of two clients, all layers flattened."""
+    flat = [usage(model, batches_of(data, client, "train", pad)).reshape(-1) for client in range(data.num_clients)]
+    unit = np.stack([row / np.linalg.norm(row) for row in flat])
+    cosines = unit @ unit.T
+    return float(cosines[np.triu_indices(len(flat), k=1)].mean())
+
+
+def main() -> None:
+    """Measure everything and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phenomena.json")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        base = cache_base(arguments.model, "float32", Path(scratch) / "base")
+        tokenizer = load_tokenizer(base)
+        pad, model = pad_token_id(tokenizer), open_base(base)
+        by_seed: list[dict[str, Any]] = []
+        for seed in range(arguments.seeds):
+            apart = prepared(arguments, tokenizer, {"name": "natural"}, seed, Path(scratch) / f"natural-{seed}")
+            mixed = prepared(arguments, tokenizer, {"name": "dirichlet", "alpha": 1.0}, seed, Path(scratch) / f"mixed-{seed}")
+            by_seed.append(
+                {
+                    "touched_share_by_batch_size": touched_by_batch_size(model, apart, pad),
+                    "nll_of_sub_models": subsets(model, apart, pad, seed),
+                    "usage_cosine": {
+                        "pathological": similarity(model, apart, pad),
+                        "dirichlet-1.0": similarity(model, mixed, pad),
+                    },
+                }
+            )
+    record = {"benchmark": "phenomena", "seeds": list(range(arguments.seeds))} | {
+        name: {
+            key: {
+                "mean": statistics.fmean(each[name][key] for each in by_seed),
+                "std": statistics.stdev(each[name][key] for each in by_seed) if len(by_seed) > 1 else None,
+            }
+            for key in by_seed[0][name]
+        }
+        for name in by_seed[0]
+    }
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
