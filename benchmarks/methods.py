@@ -37,6 +37,7 @@ PARTITIONS: dict[str, dict[str, Any]] = {
 """How Dolly's eight categories are shared by eight clients; pathological: one category each."""
 
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text())
+BUDGET = "experts_per_layer"
 COLUMNS = {
     "own_nll": ("own NLL", 3),
     "own_nll_std": ("+- seeds", 3),
@@ -54,6 +55,8 @@ COLUMNS = {
 
 def settings(arguments: argparse.Namespace, partition: str, label: str) -> list[str]:
     """Overrides of the packaged quickstart for one method and partition."""
+    options = {key: value for key, value in METHODS[label].items() if key != BUDGET}
+    budget = f", budgets: {{{BUDGET}: [{METHODS[label][BUDGET]}]}}" if BUDGET in METHODS[label] else ""
     return [
         f"name={label}",
         f"model.path={arguments.model}",
@@ -61,7 +64,7 @@ def settings(arguments: argparse.Namespace, partition: str, label: str) -> list[
         f"data={{path: {arguments.data}, preset: dolly, num_clients: 8, max_length: 80, max_train_examples: 160, "
         f"max_validation_examples: 16, max_test_examples: 24, partition: {json.dumps(PARTITIONS[partition])}, "
         f"retention: {{path: {arguments.retention}, max_examples: 8}}}}",
-        "federation={rounds: 4, local_steps: 5, batch_size: 4}",
+        f"federation={{rounds: 4, local_steps: 5, batch_size: 4{budget}}}",
         "rate_search={rates: [0.001, 0.003, 0.01], rounds: 1}",
         "evaluation={every: 4, at_start: false, generate: end, max_generate: 6, max_new_tokens: 20, choices: never, "
         "global_view: false, batch_size: 16}",
@@ -70,7 +73,7 @@ def settings(arguments: argparse.Namespace, partition: str, label: str) -> list[
         "output.report=false",
         f"output.folder={arguments.runs}/{partition}",
         f"seeds={json.dumps(seeds_of(arguments, partition))}",
-        f"compare={{methods: {{{label}: {json.dumps(METHODS[label])}}}}}",
+        f"compare={{methods: {{{label}: {json.dumps(options)}}}}}",
     ]
 
 

@@ -37,7 +37,7 @@ __all__ = [
     "load_bounds",
 ]
 
-_ALMOST = 1e-9  # 1.1 * 10 is a little more than 11
+_ALMOST = 1e-9  # 1.12 * 6.25 is a little more than 7
 _WHOLE = 1e-6
 
 

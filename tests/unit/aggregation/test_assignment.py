@@ -148,9 +148,9 @@ def test_a_row_draws_the_same_whoever_is_there() -> None:
 def test_load_bounds_are_the_cards() -> None:
     # 10 clients of 3 experts among 8: m = 3.75, 0.9 m = 3.375, 1.1 m = 4.125.
     assert load_bounds([3] * 10, 8, 0.1) == CountBounds.between(3, 5, 8)
-    # 1.1 * 70 is a little more than 77 in floating point, and must not make room for one more.
-    assert (1 + 0.1) * 70 > 77
-    assert load_bounds([7] * 100, 10, 0.1) == CountBounds.between(63, 77, 10)
+    # 1.12 * 6.25 = 7 is a little more than 7 in floating point, and must not make room for one more.
+    assert (1 + 0.12) * 6.25 > 7
+    assert load_bounds([5] * 10, 8, 0.12) == CountBounds.between(5, 7, 8)
     assert load_bounds([4] * 3, 4, 0.0) == CountBounds.between(3, 3, 4)
     assert load_bounds([1, 2], 4, math.inf) == CountBounds.between(0, 2, 4)
     assert load_bounds([0, 0], 4, math.inf) == CountBounds.between(0, 0, 4)

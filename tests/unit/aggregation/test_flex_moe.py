@@ -158,7 +158,7 @@ def test_each_layer_is_solved_by_its_own_fitness() -> None:
     made = method(experts_per_client=2, load_slack=1e9, deficit_weight=0.0)
     state = made.init({}, 3)
     state.memory["fitness"][:, 1, :2] = 0.0
-    assert made.assign(state, PLAN, (0, 1, 2)) == dict.fromkeys((0, 1, 2), {1: (0, 1), 3: (2, 3)})
+    assert made.assign(state, PLAN, (0, 1, 2)) == {client: {1: (0, 1), 3: (2, 3)} for client in range(3)}
 
 
 def test_budgets_bound_what_each_client_holds() -> None:
