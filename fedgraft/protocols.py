@@ -379,6 +379,10 @@ class Method(ABC):
         """Make the next state; by default the server adds the mean delta."""
         return replace(state, params=add_delta(state.params, reduced.delta))
 
+    def observe_state(self, state: ServerState) -> Mapping[str, object]:
+        """JSON values about the server's state, by kind, taken after every round (e.g. how evenly experts are loaded)."""
+        return {}
+
     # The client's half.
 
     def setup(self, session: Session) -> None:

@@ -254,6 +254,10 @@ class FedAlignMoe(Method):
                 memory[name] = remember(memory.get(name), cohort.clients, values, federation.num_clients)
         return replace(state, params=params, extras=extras, memory=memory, notes=notes)
 
+    def observe_state(self, state: ServerState) -> Mapping[str, object]:
+        """How alike clients' experts are, and for how many pairs that was enough."""
+        return {"alignment": state.notes["alignment"]} if "alignment" in state.notes else {}
+
     def _compare(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Cohort:
         """Compare the clients of a cohort, in an order that does not depend on the cohort's."""
         config, ordered = self.config, sorted(updates, key=lambda update: update.client_id)

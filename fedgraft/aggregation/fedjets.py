@@ -95,7 +95,12 @@ class FedJETsConfig(MethodConfig):
     top_k: int = Field(2, ge=1, le=1000, description="Experts that a client asks for (K).")
     gate: Literal["learned", "random"] = Field("learned", description="random: the control, a gate that stays as it was drawn.")
     gate_hidden: int = Field(64, ge=1, le=65_536, description="Neurons of the gate's hidden layer.")
-    gate_lr_scale: float = Field(0.1, gt=0, le=1000, description="The gate's learning rate over the experts'.")
+    gate_lr_scale: float = Field(
+        0.1,
+        gt=0,
+        le=1000,
+        description="The gate's learning rate over the experts'; the source's ratio, for SGD over many rounds: raise it for few.",
+    )
     embedding: Literal["hidden", "tokens"] = Field(
         "hidden", description="What a prompt's embedding is the mean of: the base's last hidden state, or its input embeddings."
     )
@@ -285,25 +290,24 @@ class FedJETs(Method):
 
     def request(self, session: Session) -> Mapping[str, str]:
         """Score the own training prompts with the gate, and ask for the K best experts; nobody else's choice matters."""
-        refs = session.engine.refs
-        held = [key for key in session.received if ".mixture." in key]
         if isinstance(session.task, EvaluationTask) and session.task.view == "global":
             return {}
+        held = [key for key in session.received if ".mixture." in key]
         embedder = PromptEmbedder(session.engine.model, self.config.embedding)
         session.scratch["embedder"] = embedder
         if held:
-            first_A = [key for key in held if key.partition("lora_A[")[2]]
-            names = [session.task.addresses.get(key, "") for key in first_A]
-            slots = [int(key.rpartition("[")[2][:-1]) for key in first_A]
-            found = [int(name.split("/")[1]) if name else slot for name, slot in zip(names, slots, strict=True)]
-            session.scratch["experts"] = tuple(dict.fromkeys(found))
+            # An anchor's one expert by its address; without addresses slot j holds expert j.
+            names = [session.task.addresses.get(key, f"pool/{key.rpartition('[')[2][:-1]}/") for key in held]
+            session.scratch["experts"] = tuple(dict.fromkeys(int(name.split("/")[1]) for name in names))
             return {}
         count = self.config.scoring_examples or session.num_train_examples
         embedding_BD = embed_batches(embedder, session.calibration_batches(count))
         with torch.no_grad():
             experts = top_experts(example_gate_of(session.engine.model)(embedding_BD), self.config.top_k)
         session.scratch["experts"] = experts
-        return {key: pool_name(expert, key) for slot, expert in enumerate(experts) for key in slot_keys(refs, slot)}
+        return {
+            key: pool_name(expert, key) for slot, expert in enumerate(experts) for key in slot_keys(session.engine.refs, slot)
+        }
 
     def build(self, session: Session) -> AbstractContextManager[object]:
         """Use the slots that hold experts; when the model is judged, let the gate weigh each example."""

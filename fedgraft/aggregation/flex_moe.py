@@ -279,6 +279,11 @@ class FlexMoE(FedAvg):
         notes = {**state.notes, "held": known.to_json(), "load_cv": cv}
         return replace(state, params=add_delta(state.params, reduced.delta), memory=memory, notes=notes)
 
+    def observe_state(self, state: ServerState) -> Mapping[str, object]:
+        """How unevenly experts were loaded in the last round, and over all rounds, by layer."""
+        cv: Any = state.notes["load_cv"]
+        return {"expert_load": {"layers": list(self.federation.facts.layers)} | {name: found[-1] for name, found in cv.items()}}
+
     def _num_experts(self, client_id: int) -> int:
         """How many experts a client holds in each layer: what the option or its budget allows."""
         budget = self.federation.budget(client_id)

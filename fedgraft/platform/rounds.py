@@ -244,6 +244,9 @@ class RoundLoop:
             if update.state_version is not None:
                 self._versions[update.client_id] = update.state_version
         metrics = self._record(round_idx, updates, rows, time.perf_counter() - started)
+        seen = method.observe_state(new_state)
+        server = [{"round": round_idx, "client_id": None, "kind": kind, "values": values} for kind, values in seen.items()]
+        self._folder.append("diagnostics", server)
         if round_idx % job.evaluation.every == 0 or round_idx == rounds:
             metrics |= self._evaluate(evaluator, new_state, round_idx, is_last=round_idx == rounds)
         # Before the checkpoint: after a kill between the two the round is run again, and tracking knows its steps.

@@ -39,8 +39,16 @@ def _two_rounds(bench: Any) -> tuple[ClientUpdate, Params, Params, Any]:
     return update, delta, private, {(row.task, row.metric): row.value for row in rows}
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name for name in METHODS.names() if name != "base"])
+QUICK = ("fedavg", "flex", "scaffold")
+CASES = [
+    pytest.param(name, stage, marks=[pytest.mark.slow] * (stage == 3 or name not in QUICK))
+    for name in METHODS.names()
+    for stage in (1, 3)
+    if name != "base" and (stage == 1 or not METHODS.get(name).needs_whole_model)
+]
+
+
+@pytest.mark.parametrize(("name", "stage"), CASES)
 def test_a_method_does_the_same_on_both_engines(name: str, stage: int, make_bench: Callable[..., Any]) -> None:
     plain = _two_rounds(make_bench({"name": name}))
     bench = make_bench({"name": name}, engine=_engine(stage))
