@@ -142,6 +142,7 @@ def test_a_ray_that_fails_an_address_and_leftovers(monkeypatch: pytest.MonkeyPat
     assert [check.name for check in check_ray(environment={"RAY_ADDRESS": "auto"})] == ["Ray", "RAY_ADDRESS"]
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     note = tmp_path / "pid"
     code = (
@@ -164,6 +165,7 @@ def test_a_process_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
     assert run_within([sys.executable, "-c", "import os; assert 'RAY_ADDRESS' not in os.environ"], 20) == ""
 
 
+@pytest.mark.slow
 def test_the_default_database_and_one_that_is_locked(tmp_path: Path) -> None:
     (check,) = check_tracking(tmp_path, {})
     assert check.status == "ok"

@@ -131,6 +131,9 @@ def test_a_random_module_is_dropped_and_a_duplicate_kept(edm: str, make_bench: M
     assert 1 in found["kept"]
     assert bench.private(1)[KEPT].nonzero().flatten().tolist() == found["kept"]
     assert bench.private(1)[AVAILABLE].tolist() == [True, True, False, True]
+    engine = bench.worker.engine  # as the task left it: nothing but the gate was trained
+    for key, value in (params | noise | twin | own).items():
+        assert torch.equal(engine.read([key])[key], value)
 
 
 # ---- stages

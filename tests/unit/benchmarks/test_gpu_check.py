@@ -28,6 +28,7 @@ def client_step(gpu_check: ModuleType) -> ModuleType:
     return importlib.import_module("client_step")
 
 
+@pytest.mark.slow
 def test_one_json_line_with_four_variants_that_agree(
     gpu_check: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_flops_are_those_of_a_count_by_hand(client_step: ModuleType, gpu_check: 
     assert found == {"parameters": found["parameters"], "active_body": active, "trained": 7, "flops_per_step": by_hand}
 
 
+@pytest.mark.slow
 def test_a_wrong_graft_and_a_client_that_leaves_something_behind_are_found(
     gpu_check: ModuleType, client_step: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

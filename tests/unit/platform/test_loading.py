@@ -171,7 +171,12 @@ def test_home_is_expanded_and_relative_paths_are_left_to_the_current_directory(
         ("compare.methods.flex.n_grafts=2", "compare.methods.flex.n_grafts", "2", "did you mean 'n_graft'?"),
         ("compare.methods.flex.adapter.rank=0", "compare.methods.flex.adapter.rank", "0", "from 1 to 4096"),
         ("compare.methods.fedavg.lora=[atention]", "compare.methods.fedavg.lora[0]", "'atention'", "did you mean 'attention'"),
-        ("compare.methods.x.name=fedavgg", "compare.methods.x.name", "'fedavgg'", "did you mean 'fedavg' or 'fedavgm'? known: base,"),
+        (
+            "compare.methods.x.name=fedavgg",
+            "compare.methods.x.name",
+            "'fedavgg'",
+            "did you mean 'fedavg' or 'fedavgm'? known: base,",
+        ),
         ("compare.methods.x={n_graft: 1}", "compare.methods.x.name", "nothing", "a method's name: base, centralised"),
         ("compare.methods.x=flex", "compare.methods.x", "'flex'", "a mapping with a name"),
         ("compare.methods={}", "compare.methods", "{}", "at least one"),

@@ -186,6 +186,7 @@ def test_warnings_failures_and_checks_are_shown(page: str) -> None:
     assert "the same hash before and after training in all 6 runs" in page
 
 
+@pytest.mark.slow
 def test_the_same_data_give_the_same_bytes(comparison: results.ComparisonResult, page: str, tmp_path: Path) -> None:
     assert write_report(comparison, tmp_path / "again.html").read_text(encoding="utf-8") == page
 
@@ -225,6 +226,7 @@ def test_a_run_that_failed_at_once_still_has_a_report(tmp_path: Path) -> None:
     assert "failed, not finished" in page
 
 
+@pytest.mark.slow
 def test_several_seeds_show_their_spread(tmp_path: Path) -> None:
     runs = {"FLAME": ("a", "b"), "PFedMoE": ("c", "d")}
     for label, folders in runs.items():
@@ -251,6 +253,7 @@ def test_bytes_are_written_with_a_unit(count: int, text: str) -> None:
     assert figures.readable_bytes(count) == text
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_imported() -> None:
     code = "import sys, fedgraft.platform.report; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -104,7 +104,7 @@ def assert_close(found: Params, expected: Params, **tolerance: float) -> None:
         torch.testing.assert_close(found[key], value, **(tolerance or CLOSE), msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("slots", "optimizer"), [(FLEX, "adamw"), (FLEX, "sgd"), (EXPERTS, "adamw"), (FULL, "adamw")],
     ids=["flex", "flex-sgd", "experts", "full"],
@@ -172,7 +172,7 @@ def test_what_is_loaded_is_there_before_and_after_a_step(
     torch.testing.assert_close(after, before, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_bfloat16_keeps_float32_masters(
     stage: int, make_engine: Callable[..., DeepSpeedEngine], reference: Callable[..., TorchEngine], batches: list[Batch]
 ) -> None:
@@ -189,7 +189,9 @@ def test_bfloat16_keeps_float32_masters(
     assert any(not torch.equal(value, value.bfloat16().float()) for value in moved.values())
 
 
-@pytest.mark.parametrize(("stage", "slots"), [(0, "lora"), (1, "lora"), (2, "lora"), (2, "full"), (3, "full")])
+@pytest.mark.parametrize(
+    ("stage", "slots"), [(0, "lora"), (1, "lora"), (2, "lora"), (2, "full"), pytest.param(3, "full", marks=pytest.mark.slow)]
+)
 def test_slots_outside_the_task_stay_as_they_are(
     stage: int,
     slots: str,
@@ -208,7 +210,7 @@ def test_slots_outside_the_task_stay_as_they_are(
             assert torch.equal(found[ref.key], begin[ref.key]), ref.key
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_method_may_change_gradients(
     stage: int, make_engine: Callable[..., DeepSpeedEngine], reference: Callable[..., TorchEngine], batches: list[Batch]
 ) -> None:
@@ -227,7 +229,7 @@ def test_a_method_may_change_gradients(
     assert any(not torch.allclose(found[key], unchanged[key]) for key in found)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_kept_moments_continue(
     stage: int, make_engine: Callable[..., DeepSpeedEngine], reference: Callable[..., TorchEngine], batches: list[Batch]
 ) -> None:
@@ -252,7 +254,7 @@ def test_kept_moments_continue(
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_parts_of_a_batch_give_the_batchs_step(
     stage: int, make_engine: Callable[..., DeepSpeedEngine], reference: Callable[..., TorchEngine], batches: list[Batch]
 ) -> None:
@@ -279,7 +281,7 @@ def test_a_step_that_breaks_off_leaves_nothing_behind(
     assert_same_bits(host_and_train(engine, 4, batches), expected)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_is_an_error_and_does_no_harm(
     stage: int, make_engine: Callable[..., DeepSpeedEngine], batches: list[Batch],
     assert_same_bits: Callable[[Params, Params], None],
@@ -291,7 +293,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_does_no_harm(
     assert_same_bits(host_and_train(engine, 4, batches), expected)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_frozen_base_keeps_its_hash(
     stage: int, make_engine: Callable[..., DeepSpeedEngine], reference: Callable[..., TorchEngine], batches: list[Batch]
 ) -> None:

@@ -106,7 +106,7 @@ def weights(training: ShardedTraining) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_stage_takes_the_steps_of_a_plain_loop(
     make_training: Callable[..., ShardedTraining],
     tiny_model: Callable[..., PreTrainedModel],
