@@ -1,4 +1,4 @@
-"""What the methods' papers say of MoE models under heterogeneous text, looked for in a base model: no training, one JSON line.
+"""What the methods' papers say of MoE models under heterogeneous text, looked for without training; one JSON line.
 
     python benchmarks/phenomena.py --model FOLDER --data dolly15k.jsonl.gz [--out benchmarks/results/phenomena.json]
 
@@ -16,13 +16,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
+from fedgraft.aggregation.assignment import (
+    CountBounds,
+    choose_at_random,
+    choose_best,
+    choose_exactly,
+    coefficient_of_variation,
+    load_bounds,
+)
+from fedgraft.aggregation.flex_moe import next_deficit
 from fedgraft.data.batches import eval_batches
 from fedgraft.data.config import DataConfig
 from fedgraft.data.prepare import prepare
 from fedgraft.data.prepared import PreparedData
 from fedgraft.data.tokenise import load_tokenizer, pad_token_id
 from fedgraft.moe.base import cache_base, open_base
+from fedgraft.moe.criteria import ablation_changes, importance, random_importance
+from fedgraft.moe.expert_statistics import observe_statistics
 from fedgraft.moe.families import moe_layers
 from fedgraft.moe.surgery import mask_experts
 from fedgraft.moe.trace import trace_routing
@@ -109,6 +121,61 @@ def similarity(model: torch.nn.Module, data: PreparedData, pad: int) -> float:
     return float(cosines[np.triu_indices(len(flat), k=1)].mean())
 
 
+def against_ablation(model: torch.nn.Module, data: PreparedData, pad: int) -> dict[str, float]:
+    """Criteria for experts, beside random choice and an ablation oracle: Spearman correlation, over the experts of a layer, with
+    how much a client's NLL rises when the expert is masked; mean over layers and three clients.
+    """
+    names = ("usage", "gate", "reap", "ean", "easy_ep", "wanda", "recon", "scale_free", "max_activation")
+    found: dict[str, list[float]] = {name: [] for name in (*names, "random")}
+    for client in range(3):
+        batches = batches_of(data, client, "train", pad)[:2]
+
+        def judge(batches: list[Batch] = batches) -> float:
+            return score_batches(model, batches)["nll"].mean
+
+        truth = ablation_changes(model, judge)
+        statistics_by_layer = observe_statistics(model, batches)
+        for layer in moe_layers(model):
+            harm = truth[layer.index].numpy()
+            for name in names:
+                scores = importance(name, statistics_by_layer[layer.index], layer).numpy()  # type: ignore[arg-type]
+                found[name].append(float(spearmanr(scores, harm).statistic))
+            draws = [random_importance(layer.num_experts, 10 * client + draw).numpy() for draw in range(DRAWS)]
+            found["random"] += [float(spearmanr(scores, harm).statistic) for scores in draws]
+    return {name: statistics.fmean(values) for name, values in found.items()}
+
+
+def load_balance(seed: int) -> dict[str, float]:
+    """FLEX-MoE: coefficient of variation of the experts' cumulative load after 100 rounds, without any training.
+
+    50 clients, 10 a round, 8 experts, 3 a client; fitness is fixed and skewed, as where labels are.
+    """
+    generator = np.random.default_rng(seed)
+    fitness_CE = torch.from_numpy(generator.dirichlet(np.full(8, 0.3), size=50) + generator.dirichlet(np.full(8, 0.5)))
+    cohorts = [generator.permutation(50)[:10] for _ in range(100)]
+    found = {}
+    for name, slack, kappa in (
+        ("greedy", None, 0.0),
+        ("random", None, 0.0),
+        ("exact, kappa 0", 0.1, 0.0),
+        ("exact, kappa 1", 0.4, 1.0),
+    ):
+        load, deficit = torch.zeros(8, dtype=torch.float64), torch.zeros(1, 8, dtype=torch.float64)
+        for number, cohort in enumerate(cohorts):
+            score = fitness_CE[cohort] + kappa * deficit
+            counts = [3] * len(cohort)
+            if name == "random":
+                chosen = choose_at_random(8, counts, [1000 * seed + 10 * number + place for place in range(10)])
+            elif slack is None:
+                chosen = choose_best(score, counts)
+            else:
+                chosen = choose_exactly(score, rows=CountBounds.exactly(counts), columns=load_bounds(counts, 8, slack))
+            now = chosen.sum(dim=0).double()
+            load, deficit = load + now, next_deficit(deficit, now.unsqueeze(0))
+        found[name] = coefficient_of_variation(load)
+    return found
+
+
 def main() -> None:
     """Measure everything and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,6 +201,8 @@ def main() -> None:
                         "pathological": similarity(model, apart, pad),
                         "dirichlet-1.0": similarity(model, mixed, pad),
                     },
+                    "rank_correlation_with_ablation": against_ablation(model, apart, pad),
+                    "cumulative_load_cv": load_balance(seed),
                 }
             )
     record = {"benchmark": "phenomena", "seeds": list(range(arguments.seeds))} | {

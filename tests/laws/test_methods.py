@@ -28,6 +28,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fedavg of every part": {"name": "fedavg", "lora": ["attention", "experts"], "full": ["router"]},
     "flex with moments and shared gates": {"name": "flex", "persist_optimizer": True, "share_gate": True, "gate_bias": 0.0},
     "flex with dropout in rows": {"name": "flex", "mode": "row", "adapter": {"dropout": 0.3}, "n_graft": 2},
+    "flex with scaffold": {"name": "flex", "server": {"name": "scaffold"}},
+    "hfedmoe sending what it updated": {"name": "hfedmoe", "contrib": "updated", "backward": "drop"},
+    "flex_moe with three experts": {"name": "flex_moe", "experts_per_client": 3},
+    "fedalign_moe with own versions": {"name": "fedalign_moe", "theta": 0.9, "personal": True},
+    "fedamole with server embeddings": {"name": "fedamole", "embeddings": "server", "weights": "examples", "judge": "pool"},
+    "pm_moe with unlocked modules": {"name": "pm_moe", "lock_experts": False, "edm": "ce"},
+    "fedjets with clustered anchors": {"name": "fedjets", "anchor_source": "clustered"},
 }
 """Options that change what is sent or kept, beside every method's defaults."""
 
@@ -42,7 +49,7 @@ def options_of(case: str) -> dict[str, Any]:
     return options
 
 
-@pytest.fixture(params=sorted(CASES))
+@pytest.fixture(params=[*NAMES, *(pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS)])
 def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
