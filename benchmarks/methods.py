@@ -42,7 +42,7 @@ COLUMNS = {
     "own_nll": ("own NLL", 3),
     "own_nll_std": ("+- seeds", 3),
     "difference_to_fedavg": ("minus FedAvg", 3),
-    "difference_error": ("+-", 3),
+    "difference_error": ("+- clients x seeds", 3),
     "worst_nll": ("worst client", 3),
     "rouge_l": ("ROUGE-L", 3),
     "retention_nll": ("retention", 3),
@@ -80,6 +80,12 @@ def settings(arguments: argparse.Namespace, partition: str, label: str) -> list[
 def seeds_of(arguments: argparse.Namespace, partition: str) -> list[int]:
     """Three seeds, or as many as asked for, on the pathological partition; ``other_seeds`` on the others."""
     return list(range(arguments.seeds if partition == "pathological" else arguments.other_seeds))
+
+
+def is_finished(arguments: argparse.Namespace, partition: str, label: str) -> bool:
+    """Whether there are numbers of this very configuration: others are made anew."""
+    path = record_path(arguments, partition, label)
+    return path.is_file() and json.loads(path.read_text())["settings"] == settings(arguments, partition, label)
 
 
 def record_path(arguments: argparse.Namespace, partition: str, label: str) -> Path:
@@ -132,7 +138,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     """Start one process after another, ``jobs`` at a time; a method that fails is named and the others go on."""
     labels = arguments.only or list(METHODS)
     wanted = [(partition, label) for partition in arguments.partitions for label in labels]
-    left = [pair for pair in wanted if not record_path(arguments, *pair).is_file()]
+    left = [pair for pair in wanted if not is_finished(arguments, *pair)]
     active: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
     failed = []
     while left or active:
@@ -165,6 +171,9 @@ def write(arguments: argparse.Namespace) -> None:
             for label in METHODS
             if record_path(arguments, partition, label).is_file()
         }
+        common = {tuple(each for each in record["settings"] if _is_common(each)) for record in records.values()}
+        if len(common) > 1:
+            sys.exit(f"the records of {partition} were made under different settings; run them again")
         if records:
             versions = next(iter(records.values()))["versions"]
             tables[partition] = {label: _row(record, records.get("fedavg")) for label, record in records.items()}
@@ -176,6 +185,11 @@ def write(arguments: argparse.Namespace) -> None:
     (RESULTS / "methods-tables.md").write_text(text + "\n")
     nll = {partition: {label: round(row["own_nll"], 4) for label, row in table.items()} for partition, table in tables.items()}
     print(json.dumps({"benchmark": "methods", "own_nll": nll}))
+
+
+def _is_common(override: str) -> bool:
+    """Whether a setting must be the same for all methods: all but names, the method's options, and its budget."""
+    return not override.startswith(("name=", "compare=", "federation="))
 
 
 def _row(record: dict[str, Any], fedavg: dict[str, Any] | None) -> dict[str, Any]:

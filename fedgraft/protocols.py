@@ -286,7 +286,8 @@ class Method(ABC):
     ``is_slots_only`` says that a client's model is the base and its slots' values, so that it can be exported; not where masks,
     gates or counts of ``build`` belong to it.
 
-    ``federation`` is there in all hooks of the server's half, and in no hook of the client's.
+    ``federation`` is there in all hooks of the server's half but ``num_rounds``, and in no hook of the client's; ``slots``,
+    ``group`` and ``is_personal`` run on both sides.
     """
 
     name: ClassVar[str]

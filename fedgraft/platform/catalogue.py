@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 import fedgraft.aggregation  # noqa: F401  (registers the methods)
+from fedgraft.errors import FedgraftError
 from fedgraft.moe.families import model_facts
 from fedgraft.platform.bundled_model import bundled_hf_config
 from fedgraft.platform.model_sizes import size_slots
@@ -179,7 +180,11 @@ def _table(options: Sequence[OptionInfo]) -> str:
 def _sizes(method: type[Method]) -> str:
     """Values of a method's slots by group, on the bundled model, with default options."""
     config = bundled_hf_config()
-    sizes = size_slots(method(method.config_class(name=method.name)), config, "float32", model_facts(config))
+    try:
+        made = method(method.config_class(name=method.name))
+        sizes = size_slots(made, config, "float32", model_facts(config))
+    except (ValidationError, FedgraftError):
+        return "That depends on options that must be given."
     if not sizes.groups:
         return "Nothing: no client trains."
     meaning = {

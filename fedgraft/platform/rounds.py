@@ -41,6 +41,7 @@ from fedgraft.types import (
     ClientUpdate,
     Federation,
     Group,
+    ParamRef,
     RoundPlan,
     ServerState,
     TensorInfo,
@@ -102,6 +103,7 @@ class RoundLoop:
         self._folder = RunFolder(job.folder)
         self._store = ClientStateStore(job.worker.state_folder)
         self._groups: dict[str, Group] = {}
+        self._refs: dict[str, ParamRef] = {}
         self._versions: dict[int, int] = {}
         self._failures: list[dict[str, Any]] = []
         self._made_again: list[tuple[ClientTask, ClientUpdate]] = []
@@ -122,6 +124,7 @@ class RoundLoop:
         self._pool.host(job.worker.build)
         facts = self._pool.call("describe")
         self._groups = facts[0]["groups"]
+        self._refs = {ref.key: ref for ref in facts[0]["refs"]}
         method.federation = self._federation(facts[0])
         frozen = facts[0]["frozen_hash"]
         rounds = method.num_rounds(job.rounds)
@@ -262,7 +265,7 @@ class RoundLoop:
         task = ClientTask(
             client_id=client_id,
             plan=plan,
-            keys=tuple(key for key in state.params if key in self._groups and is_held(self._groups[key], assignment)),
+            keys=tuple(key for key in state.params if key in self._refs and is_held(self._refs[key], assignment)),
             extra_keys=tuple(state.extras),
             assignment=assignment,
             budget=self._method.federation.budget(client_id),

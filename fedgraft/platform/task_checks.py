@@ -12,7 +12,7 @@ from typing import Literal
 
 from fedgraft.errors import BudgetViolation, MethodError
 from fedgraft.protocols import Weights
-from fedgraft.types import Assignment, ClientTask, EvaluationTask, Federation, Group, GroupKind, Params, ServerState
+from fedgraft.types import PRIVATE, Assignment, ClientTask, EvaluationTask, Federation, ParamRef, Params, ServerState
 
 __all__ = [
     "check_budget",
@@ -57,12 +57,16 @@ def check_task(task: ClientTask, federation: Federation, state: ServerState) -> 
             f"{whose} puts {', '.join(twice[:3])} into two slots",
             "tie slots on the client: what a client holds twice would count twice in the sum",
         )
-    alien = [key for key in task.keys if not is_held(federation.groups[key], task.assignment)]
+    refs = {ref.key: ref for ref in federation.refs}
+    alien = [key for key in task.keys if not is_held(refs[key], task.assignment)]
     if alien:
         raise MethodError(
             f"{whose} sends {', '.join(alien[:3])}, which belongs to an expert that its assignment leaves out",
             "a task that changes the assignment must choose its keys by it",
         )
+    public = [key for key in task.publishes if key in federation.groups and federation.groups[key] != PRIVATE]
+    if public:
+        raise MethodError(f"{whose} publishes {', '.join(public[:3])}, which is no private slot", "publishes names private state")
 
 
 def check_budget(task: ClientTask, federation: Federation, use: Literal["none", "holds", "trains"]) -> None:
@@ -183,8 +187,11 @@ def spread_names(weights: Weights, name: str) -> tuple[str, ...]:
     return weights.spread.get(name, (name,))
 
 
-def is_held(group: Group, assignment: Assignment | None) -> bool:
-    """Whether a client with this assignment holds a slot: all but those of experts that it was not assigned."""
-    if assignment is None or group.kind is not GroupKind.ASSIGNED or group.layer is None or group.layer not in assignment:
+def is_held(ref: ParamRef, assignment: Assignment | None) -> bool:
+    """Whether a client with this assignment holds a slot: all but those of routed experts (and router rows of theirs) that it
+    was not assigned, whatever group the method tagged them.
+    """
+    is_of_expert = ref.part in ("experts", "router") and ref.expert is not None
+    if assignment is None or not is_of_expert or ref.layer is None or ref.layer not in assignment:
         return True
-    return group.expert in assignment[group.layer]
+    return ref.expert in assignment[ref.layer]

@@ -341,7 +341,7 @@ class ClientWorker:
         """Take the deltas of what is sent, store what is private, and describe the payload."""
         trained = self.engine.read(self._uploads(session, start))
         delta = {key: value - start[key] for key, value in trained.items()}
-        self._check_held(task, delta)
+        self._check_held(task, [*delta, *session.requested])
         version: int | None = None
         if self.private:
             session.private.update(self.engine.read(self.private))
@@ -362,7 +362,7 @@ class ClientWorker:
             requested=session.requested,
         )
         update, extras = self.method.reply(session, update)
-        _require_finite(delta | extras, session.private)
+        _require_finite(delta | extras | dict(update.statistics), session.private)
         if session.private and not self._keeps_state:
             raise GroupViolation(
                 f"{self.method.name} puts {min(session.private)} into session.private, which nobody would give back to it",
@@ -386,9 +386,9 @@ class ClientWorker:
         update = replace(update, payload=payload, state_version=version, diagnostics=diagnostics)
         return update, delta | {f"extras/{key}": value for key, value in extras.items()}
 
-    def _check_held(self, task: ClientTask, delta: Params) -> None:
-        """Refuse tensors of experts that the client's assignment leaves out; it may have asked for some itself."""
-        alien = [key for key in delta if not is_held(self.groups[key], task.assignment)]
+    def _check_held(self, task: ClientTask, keys: Sequence[str]) -> None:
+        """Refuse slots of experts that the client's assignment leaves out: it may have asked for some itself."""
+        alien = [key for key in keys if not is_held(self._refs[key], task.assignment)]
         if alien:
             raise GroupViolation(
                 f"client {task.client_id}, round {task.round_idx}: {alien[0]} belongs to an expert that it does not hold",

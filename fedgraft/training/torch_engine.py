@@ -38,6 +38,8 @@ class TorchEngine:
         self.initial: Params = initial_params(model, self.refs, run_seed)
         self._by_key = {ref.key: ref for ref in self.refs}
         self._parameters = dict(model.named_parameters())
+        # Taken once: PEFT takes fused experts out and puts them back in a forward pass, which changes their order.
+        self._frozen = frozen_names(model, self.refs)
         self.device = next(iter(self._parameters.values())).device
         self.is_leader = True
 
@@ -147,7 +149,7 @@ class TorchEngine:
     def frozen_hash(self) -> str:
         """SHA-256 over name, shape and bytes of every tensor of the model that is no slot."""
         digest = hashlib.sha256()
-        for name in frozen_names(self.model, self.refs):
+        for name in self._frozen:
             tensor = self._parameters[name].detach()
             digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -143,7 +143,7 @@ class ClientTask:
     charged to its ledger. ``addresses`` says under which name the server keeps a slot's tensor, where it is not the slot's key
     (the seventh expert of a pool in a client's second slot). ``extras`` are tensors for this client alone. ``assignment`` gives
     the experts it holds, by layer (``None``: all); others are masked in its model. ``publishes`` are private slots, or other
-    names of its private state, that the method lets this client send in this round, as extras.
+    names of its private state, that the method lets this client send in this round, as extras or statistics.
     ``state_version`` is the round whose private state it starts from (``None``: it has none yet, and is set up first).
     ``hashes_frozen`` asks for the hash of the frozen tensors after training. ``num_parts`` is how many parts a batch is cut
     into, where the client ran out of memory before (``None``: as configured).

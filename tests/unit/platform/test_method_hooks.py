@@ -407,3 +407,18 @@ def test_personal_models_need_no_private_slot(make_job: Maker, run_job: Maker, u
     found = [row["values"] for row in ran.rows("diagnostics") if row["kind"] == "who"]
     assert found == [{"client": client} for client in range(3)]
     assert ran.folder.read_info()["has_private"] is True
+
+
+def test_a_statistic_that_is_not_finite_is_its_clients_failure(make_bench: Callable[..., Any]) -> None:
+    bench = make_bench({"name": "fedavg"})
+
+    def reply(session: Any, update: Any) -> Any:
+        update.statistics["loss"] = torch.tensor([float("nan")])
+        return update, {}
+
+    bench.worker.method.reply = reply
+    params = bench.worker.initial_params()
+    failure, _ = bench.worker.update(bench.task(0, 1, params), Broadcast(round_idx=1, params=params))
+    assert isinstance(failure, ClientFailure)
+    assert failure.stage == "reply"
+    assert "loss has values that are not finite" in failure.error

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -346,3 +347,14 @@ def test_a_resume_drops_the_lines_of_rounds_after_its_checkpoint(
 
 def json_lines(job: Any, record: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (job.folder / f"{record}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral"])
+def test_lora_on_experts_leaves_the_frozen_hash_in_every_family(
+    family: str, make_job: Callable[..., Any], make_base: Callable[..., Path], run_job: Callable[..., Any]
+) -> None:
+    # PEFT takes fused experts out of the model and puts them back, which changes the order of GPT-OSS's parameters.
+    job = make_job({"name": "fedavg", "lora": ["experts"], "adapter": {"rank": 2}})
+    run_job(replace(job, rounds=1, worker=replace(job.worker, base_folder=make_base(family))))
+    info = json.loads((job.folder / "run.json").read_text())
+    assert info["frozen_hash_start"] == info["frozen_hash_end"]
