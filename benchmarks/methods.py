@@ -4,9 +4,8 @@
     python benchmarks/methods.py write
 
 ``run`` trains what is not finished yet, one process a method and partition; it can be stopped and started again. ``write`` makes
-benchmarks/results/methods.json and methods-tables.md of what is there (methods.md has the tables and a reading in words), and
-prints one JSON line. Each method's learning rate is chosen on each seed's validation split from one grid.
-All numbers are of the last round.
+benchmarks/results/methods.json of what is there, puts the tables into methods.md (its reading in words is by hand), and prints a
+JSON line. Each method's learning rate is chosen on each seed's validation split from one grid. All numbers are of the last round.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ PARTITIONS: dict[str, dict[str, Any]] = {
 
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text())
 BUDGET = "experts_per_layer"
+_BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
 COLUMNS = {
     "own_nll": ("own NLL", 3),
     "own_nll_std": ("+- seeds", 3),
@@ -182,7 +182,9 @@ def write(arguments: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
     text = "\n\n".join(f"### {partition}\n\n{_markdown(table)}" for partition, table in tables.items())
-    (RESULTS / "methods-tables.md").write_text(text + "\n")
+    page = RESULTS / "methods.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
+    page.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{rest.partition(_END)[2]}", encoding="utf-8")
     nll = {partition: {label: round(row["own_nll"], 4) for label, row in table.items()} for partition, table in tables.items()}
     print(json.dumps({"benchmark": "methods", "own_nll": nll}))
 

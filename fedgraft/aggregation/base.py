@@ -24,6 +24,7 @@ class Base(Method):
     title = "Base"
     paper = "none (reference)"
     summary = "the pre-trained model as it is; no client trains"
+    advice = "As the line that every personal model is measured from: what the base can do before anybody trains."
     config_class = BaseConfig
 
     def num_rounds(self, configured: int) -> int:

@@ -28,6 +28,7 @@ class Centralised(FedAvg):
     title = "Centralised"
     paper = "none (upper reference)"
     summary = "train one model on all clients' pooled examples, with as many steps and examples as all of them take together"
+    advice = "As the upper reference: what one model could reach without any privacy to keep."
     config_class = CentralisedConfig
     is_centralised = True
 

@@ -128,6 +128,10 @@ class FedAMoLE(Method):
     title = "FedAMoLE"
     paper = "Zhang et al. 2025, arXiv 2411.19128"
     summary = "clients hold different sets of LoRA experts from a pool; each expert chooses the clients whose data it fits"
+    advice = (
+        "For clients that can hold different numbers of LoRA experts: who gets which follows from their data. Results with "
+        "``judge: pool`` compare with methods that are judged after averaging; the default judges before it, as the authors do."
+    )
     reconstructed = (
         "pool size for other than 10 clients (6 experts a client in the mean); scores of clients not seen yet; embeddings on the "
         "server's side; the noise option; the global view (shared LoRA alone)"

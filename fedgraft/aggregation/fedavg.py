@@ -53,6 +53,10 @@ class FedAvg(Method):
     title = "FedAvg"
     paper = "McMahan et al. 2017, arXiv 1602.05629"
     summary = "average what all clients trained: LoRA on attention, or also on router and experts, or full weights"
+    advice = (
+        "As the first thing to compare with. Choose the same parts (``lora``, ``full``) as the method you compare, so "
+        "that only the method differs."
+    )
     config_class: ClassVar[type[MethodConfig]] = FedAvgConfig
     config: PartsConfig
 

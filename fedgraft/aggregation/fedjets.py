@@ -155,6 +155,10 @@ class FedJETs(Method):
     title = "FedJETs (DDOME)"
     paper = "Dun et al. 2025, arXiv 2306.08586"
     summary = "a pool of experts; a gate on prompts of a frozen base picks K for each client; anchor clients keep experts apart"
+    advice = (
+        "For clients that come later, without labels: a gate picks experts from prompts alone. It needs many rounds and clients "
+        "whose labels differ; with few of either compare with ``gate: random`` and ``anchor_source: none``."
+    )
     reconstructed = (
         "an expert is a LoRA on attention maps, the common expert the frozen base; mean prompt embeddings; the mixture's form; "
         "how oracle and clustered anchors are found, at most half of the clients; token weights of both losses; random gate"

@@ -109,6 +109,10 @@ class Flex(Optimized):
     title = "FLEx"
     paper = "arXiv 2506.00965 (2025)"
     summary = "average attention LoRA; each client grafts a trained copy of its best pretrained expert beside every MoE layer"
+    advice = (
+        "For clients with tasks of their own that must not send, or spoil, pretrained experts. Compare with ``score: "
+        "random`` and with ``private_lora``, which tell how much of a gain is the chosen expert's."
+    )
     reconstructed = (
         "gate form and start, details of the reconstruction loss, other scores and modes, layer and neuron fractions, "
         "hyper-parameters (the paper's body was not available)"

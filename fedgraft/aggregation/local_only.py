@@ -30,6 +30,7 @@ class LocalOnly(Method):
     title = "Local only"
     paper = "none (reference)"
     summary = "every client trains a LoRA of its own and sends nothing"
+    advice = "As the reference that federation must beat: each client by itself."
     config_class = LocalOnlyConfig
     config: LocalOnlyConfig
 

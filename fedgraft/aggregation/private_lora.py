@@ -56,6 +56,10 @@ class PrivateLora(Method):
     title = "FedAvg + private LoRA"
     paper = "none (control for FLEx)"
     summary = "FLEx without its graft: averaged attention LoRA beside a private one of the same size as the graft"
+    advice = (
+        "Beside every personalised method, with ``private_rank`` such that the private parameters are as many: it tells "
+        "whether a gain is the method's or that of having something private at all."
+    )
     config_class = PrivateLoraConfig
     config: PrivateLoraConfig
 
