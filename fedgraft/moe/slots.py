@@ -77,6 +77,7 @@ def add_slots(model: nn.Module, slots: Slots) -> tuple[ParamRef, ...]:
     slot_names = {ref.name for ref in refs}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in slot_names)
+    model.eval()  # the slots' modules are new, and a client may be judged before anything is trained
     return refs
 
 

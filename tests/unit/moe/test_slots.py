@@ -16,7 +16,7 @@ from fedgraft.errors import ModelError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts, moe_layers
 from fedgraft.moe.slots import add_slots, count_slot_elements, frozen_names, initial_params
-from fedgraft.types import AdapterSpec, Batch, GraftSpec, ParamRef, Slots
+from fedgraft.types import AdapterSpec, Batch, GraftSpec, MixtureSpec, ParamRef, Slots
 
 PARTS = ("attention", "router", "experts")
 
@@ -322,3 +322,11 @@ def test_targets_that_match_nothing_are_refused(tiny_model: Callable[..., PreTra
         with pytest.raises(ModelError, match="target attention matches nothing in layer 0 of this qwen2_moe model") as caught:
             add_slots(model, slots)
         assert "self_attn.q_proj" in caught.value.hint
+
+
+def test_a_model_with_new_slots_is_in_eval_mode(tiny_model: Callable[..., Any]) -> None:
+    # Else dropout would act until the first training: a replica that was restarted would judge otherwise than an old one.
+    model = tiny_model("qwen2_moe")
+    mixture = MixtureSpec(num_slots=2, rank=2, alpha=4.0, dropout=0.5, targets=("q_proj",), top_k=1)
+    add_slots(model, Slots(adapters=(AdapterSpec(name="shared", rank=2, alpha=4.0, dropout=0.5),), mixture=mixture))
+    assert [name for name, module in model.named_modules() if module.training] == []
