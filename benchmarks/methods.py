@@ -49,6 +49,7 @@ COLUMNS = {
     "mb_up": ("MB up", 2),
     "mb_down": ("MB down", 2),
     "seconds": ("s a run", 0),
+    "num_seeds": ("seeds", 0),
     "rates": ("rates", None),
 }
 

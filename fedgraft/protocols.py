@@ -281,7 +281,8 @@ class Method(ABC):
     ``uses_batch_statistics`` says that a loss term is no mean over tokens, so that a batch must not be cut into parts.
     ``is_centralised`` says that its slots are trained on all clients' pooled examples before anything is judged.
     ``keeps_client_state`` says that clients keep something beside private slots. ``budget_use``: what a client's budget bounds,
-    ``holds`` (the experts of its assignment) or ``trains`` (experts that one local step may change), or ``none``.
+    ``holds`` (the experts of its assignment) or ``trains`` (the experts that have a gradient in one local step; the momentum of
+    the local optimiser may still move others), or ``none``.
     ``needs_whole_model`` says that hooks look into MoE blocks while they run, which sharded weights and experts do not allow.
     ``is_slots_only`` says that a client's model is the base and its slots' values, so that it can be exported; not where masks,
     gates or counts of ``build`` belong to it.
@@ -332,8 +333,29 @@ class Method(ABC):
         """Whether clients end with models of their own; by default where some slot is private."""
         return any(group == PRIVATE for group in groups.values())
 
+    @property
+    def bounds_experts(self) -> bool:
+        """Whether the options by themselves bound the experts that clients hold or train, without any budget."""
+        return False
+
+    def own_values(self, private: Params) -> Params:
+        """Give the values of slots, by slot key, that a client keeps in its private state under other names than the slots'.
+
+        They are a part of its model as ``build`` loads it; what is exported has them, too.
+        """
+        return {}
+
     def check_training(self, spec: TrainSpec) -> None:
         """Refuse local optimisers that the options go wrong with, or have no effect with.
+
+        Raises:
+            ValueError: What does not go together, and what to set.
+        """
+
+    def check_run(self, *, rounds: int, has_budgets: bool) -> None:
+        """Refuse options that go wrong with, or have no effect in, a run of so many rounds, with or without budgets.
+
+        Asked of a configuration. The tries of a rate search may have fewer rounds.
 
         Raises:
             ValueError: What does not go together, and what to set.

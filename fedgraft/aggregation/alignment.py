@@ -50,19 +50,20 @@ def agreement(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def consistency_weights(marginals_CLE: torch.Tensor, stability_CLE: torch.Tensor, temperature: float) -> torch.Tensor:
-    """omega_i(e) = s_i(e) / sum_j s_j(e) with s_i(e) = exp(-|p_i(e) - median_j p_j(e)| / T) h_i(e).
+    """omega_i(e) = s_i(e) / sum_j s_j(e) with s_i(e) = exp(-E |p_i(e) - median_j p_j(e)| / T) h_i(e).
 
     Args:
         marginals_CLE: p, routing shares.
         stability_CLE: h in [0, 1].
-        temperature: T > 0, in units of a share.
+        temperature: T > 0, in units of the uniform share 1 / E, so that it means the same for 8 experts and for 60.
 
     Returns:
         omega (C, L, E), sums over clients are 1; uniform where every score is 0. The median of an even number of clients is
         the mean of the two in the middle.
     """
     p, h = marginals_CLE.double(), stability_CLE.double()
-    scores = h.log() - (p - p.quantile(0.5, dim=0)).abs() / temperature  # in logarithms: a small T must not give 0 / 0
+    far = (p - p.quantile(0.5, dim=0)).abs() * p.shape[-1]
+    scores = h.log() - far / temperature  # in logarithms: a small T must not give 0 / 0
     return torch.softmax(torch.where((h > 0).any(dim=0), scores, 0.0), dim=0)
 
 
@@ -221,7 +222,7 @@ def alignment_weights(sigma_CCLE: torch.Tensor, counts_CLE: torch.Tensor, theta_
 
     Args:
         sigma_CCLE: From ``semantic_similarity``; sigma_ii is 1, so that i itself is always kept.
-        counts_CLE: n, tokens on each expert.
+        counts_CLE: n, tokens on each expert, >= 0, of all of a client's examples: they say how much a client weighs.
         theta_L: Threshold by layer, in [0, 1].
 
     Returns:

@@ -12,18 +12,27 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-__all__ = ["cluster_anchors", "farthest_first", "label_anchors", "split_cohort"]
+from fedgraft.errors import MethodError
+
+__all__ = ["cluster_anchors", "draw_order", "farthest_first", "label_anchors", "split_cohort"]
 
 _MOST_STEPS = 100
+_EQUAL = 1e-9
 
 
-def farthest_first(distance_SS: torch.Tensor, count: int, first: int) -> tuple[int, ...]:
-    """Start with ``first``, and add ``count`` - 1 times who is farthest from the nearest of those chosen so far."""
+def farthest_first(distance_SS: torch.Tensor, count: int, first: int, *, prefer_S: torch.Tensor | None = None) -> tuple[int, ...]:
+    """Start with ``first``, and add ``count`` - 1 times who is farthest from the nearest of those chosen so far.
+
+    Among equally far ones (up to 1e-9) the one with the largest ``prefer_S``, then the lowest.
+    """
+    if prefer_S is None:
+        prefer_S = torch.zeros(len(distance_SS))
     chosen = [first]
     nearest_S = distance_SS[first].clone()
     while len(chosen) < count:
         nearest_S[chosen] = -1.0
-        chosen.append(int(torch.argmax(nearest_S)))
+        is_far_S = nearest_S >= nearest_S.max() - _EQUAL
+        chosen.append(int(torch.argmax(prefer_S.masked_fill(~is_far_S, -torch.inf))))
         nearest_S = torch.minimum(nearest_S, distance_SS[chosen[-1]])
     return tuple(chosen)
 
@@ -31,17 +40,27 @@ def farthest_first(distance_SS: torch.Tensor, count: int, first: int) -> tuple[i
 def label_anchors(labels: Sequence[Mapping[str, int]], count: int) -> tuple[int, ...]:
     """Clients whose label shares differ most: the most concentrated one first, then farthest first in total variation.
 
-    Where ``count`` clients with disjoint labels exist beside mixed ones, every distance to them is 1, the largest there is.
+    Among equally far ones the most concentrated is taken. This is greedy: a mixed client that is taken early may stand between
+    clients with disjoint labels, so there is no guarantee that such are found wherever they exist.
 
     Args:
         labels: Examples by label, for each client.
         count: 1 to S.
+
+    Raises:
+        MethodError: There are fewer than two labels.
     """
     names = sorted({name for each in labels for name in each})
+    if len(names) < 2:
+        raise MethodError(
+            "anchor clients are to be found by labels, and the data has fewer than two",
+            "give data.fields.label, or set anchor_source: clustered or none",
+        )
     counts_SL = torch.tensor([[float(each.get(name, 0)) for name in names] for each in labels], dtype=torch.float64)
     share_SL = counts_SL / counts_SL.sum(dim=1, keepdim=True).clamp_min(1)
     distance_SS = torch.cdist(share_SL, share_SL, p=1.0) / 2
-    return farthest_first(distance_SS, count, int(torch.argmax(share_SL.max(dim=1).values)))
+    top_S = share_SL.max(dim=1).values
+    return farthest_first(distance_SS, count, int(torch.argmax(top_S)), prefer_S=top_S)
 
 
 def cluster_anchors(mean_SD: torch.Tensor, count: int) -> tuple[int, ...]:
@@ -72,6 +91,13 @@ def cluster_anchors(mean_SD: torch.Tensor, count: int) -> tuple[int, ...]:
         distance[cluster, chosen] = torch.inf
         chosen.append(int(torch.argmin(distance[cluster])))
     return tuple(chosen)
+
+
+def draw_order(group: Sequence[int], seed: int) -> list[int]:
+    """Some clients in a random order that depends on the seed alone, not on the order in which they are given."""
+    ascending = sorted(group)
+    order = torch.randperm(len(group), generator=torch.Generator().manual_seed(seed))
+    return [ascending[place] for place in order.tolist()]
 
 
 def split_cohort(size: int, num_anchors: int, num_clients: int, wanted: int) -> tuple[int, int]:

@@ -34,6 +34,7 @@ __all__ = [
     "choose_best",
     "choose_exactly",
     "coefficient_of_variation",
+    "draw_orders",
     "load_bounds",
 ]
 
@@ -82,19 +83,25 @@ class CountBounds:
 
 
 def choose_exactly(
-    score_RC: torch.Tensor, *, rows: CountBounds, columns: CountBounds, sides: tuple[str, str] = ("row", "column")
+    score_RC: torch.Tensor,
+    *,
+    rows: CountBounds,
+    columns: CountBounds,
+    sides: tuple[str, str] = ("row", "column"),
+    among_equals: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose pairs with the largest total score within both bounds.
 
-    Where the rows have exact numbers and taking each one's best columns keeps to the columns' bounds, that is the answer, the
-    lower column among equals; so bounds that do not bind change nothing. Among other choices of the same total, HiGHS decides,
-    always in the same way.
+    Where the rows have exact numbers and taking each one's best columns keeps to the columns' bounds, that is the answer, among
+    equals as ``choose_best`` has it; so bounds that do not bind change nothing. Among other choices of the same total, HiGHS
+    decides, always in the same way.
 
     Args:
         score_RC: What each pair is worth, finite; (R, C).
         rows: Bounds on the number of columns of each row.
         columns: Bounds on the number of rows of each column.
         sides: What a row and a column are, for messages.
+        among_equals: Second scores for ``choose_best``.
 
     Returns:
         Chosen pairs, (R, C) bool.
@@ -111,7 +118,7 @@ def choose_exactly(
         )
     _require_possible(rows, columns, sides)
     if rows.is_exact:
-        best = choose_best(score_RC, rows.lower)
+        best = choose_best(score_RC, rows.lower, among_equals=among_equals)
         if columns.hold(best.sum(dim=0).tolist()):
             return best
     chosen = _solve(_rescaled(score, rows, columns), rows, columns)
@@ -166,6 +173,17 @@ def choose_at_random(num_columns: int, counts: Sequence[int], seeds: Sequence[in
         order = torch.randperm(num_columns, generator=torch.Generator().manual_seed(seed))
         chosen[row, order[:count]] = True
     return chosen
+
+
+def draw_orders(num_columns: int, seeds: Sequence[int]) -> torch.Tensor:
+    """Second scores that order the columns by chance, for each row in its own way: a permutation a row, (R, C) float64.
+
+    Args:
+        num_columns: C.
+        seeds: One a row.
+    """
+    drawn = [torch.randperm(num_columns, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(drawn).double() if drawn else torch.zeros(0, num_columns, dtype=torch.float64)
 
 
 def load_bounds(counts: Sequence[int], num_columns: int, slack: float) -> CountBounds:

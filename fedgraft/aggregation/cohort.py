@@ -21,25 +21,29 @@ from fedgraft.aggregation.alignment import (
 )
 from fedgraft.aggregation.prototypes import Prototypes
 from fedgraft.errors import UpdateError
-from fedgraft.types import ClientUpdate, Federation, ParamRef
+from fedgraft.types import ClientUpdate, Federation, ParamRef, ServerState
 
 __all__ = [
     "Cohort",
     "ExpertAlignment",
     "align_experts",
     "align_gates",
+    "examples_per_probe",
     "expert_refs",
+    "own_versions",
     "remember",
     "router_rows",
     "since_last",
     "stack_statistic",
+    "version_name",
 ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertAlignment:
-    """Which clients mean the same by an expert: ``counts`` (C, L, E) tokens, similarities ``sigma`` and weights ``gamma``
-    (C, C, L, E), and ``anchor`` (L, E), the client in the middle of each expert's majority, -1 where nobody has a token.
+    """Which clients mean the same by an expert: ``counts`` (C, L, E), float64, the tokens that weigh a client; similarities
+    ``sigma`` and weights ``gamma`` (C, C, L, E); and ``anchor`` (L, E), the client in the middle of each expert's majority, -1
+    where nobody has a token.
     """
 
     counts: torch.Tensor
@@ -95,16 +99,31 @@ class Cohort:
     centroids: torch.Tensor | None = None
     experts: ExpertAlignment | None = None
 
+    def versions(self, key: str, layer: int, expert: int, *, with_own: bool) -> dict[str, torch.Tensor]:
+        """Weights (C,) of one expert's tensor by the server's names: the global one and, if asked for, outsiders' own."""
+        assert self.experts is not None
+        made = {key: self.experts.majority(layer, expert)}
+        if with_own:
+            outsiders = self.experts.outsiders(layer, expert)
+            made |= {version_name(key, self.clients[at]): gamma for at, gamma in outsiders.items()}
+        return made
 
-def align_experts(found: Prototypes, theta: float | Sequence[float], theta_a: float) -> ExpertAlignment:
+
+def align_experts(
+    found: Prototypes, theta: float | Sequence[float], theta_a: float, scale_C: torch.Tensor | None = None
+) -> ExpertAlignment:
     """Compare the clients on every expert.
 
     Args:
         found: Their prototypes, with responses.
         theta: Least similarity, in [0, 1]; one value, or one a layer.
         theta_a: Cosine of mean inputs above which two clients serve the same region.
+        scale_C: What each client's token counts are multiplied by where they weigh clients, > 0, from
+            ``examples_per_probe``; ``None``: they were counted on all examples.
     """
-    counts_CLE = found.counts.sum(dim=-1)
+    counts_CLE = found.counts.double().sum(dim=-1)
+    if scale_C is not None:
+        counts_CLE = counts_CLE * scale_C.double()[:, None, None]
     sigma = semantic_similarity(found, theta_a)
     theta_L = torch.tensor(theta, dtype=torch.float64).expand(counts_CLE.shape[1])
     return ExpertAlignment(
@@ -133,6 +152,12 @@ def align_gates(
     h_CLE = stack_statistic(updates, "stability") if is_sent else since_last(known, [u.client_id for u in updates], p_CLE)
     omega = consistency_weights(p_CLE, h_CLE, temperature)
     return p_CLE, omega, reference_routing(omega, p_CLE)
+
+
+def examples_per_probe(updates: Sequence[ClientUpdate], probe_examples: int) -> torch.Tensor:
+    """How many of its training examples one probed example stands for at each client: n / min(probe_examples, n), (C,), >= 1."""
+    sizes = [(update.num_examples, min(probe_examples, update.num_examples)) for update in updates]
+    return torch.tensor([num_all / num_probed for num_all, num_probed in sizes], dtype=torch.float64)
 
 
 def expert_refs(federation: Federation) -> Iterator[tuple[ParamRef, int, int]]:
@@ -184,3 +209,13 @@ def since_last(known: torch.Tensor | None, clients: Sequence[int], marginals_CLE
     if known is None:
         return torch.ones_like(marginals_CLE)
     return agreement(marginals_CLE, known[list(clients)]).nan_to_num(nan=1.0)
+
+
+def version_name(key: str, client: int | None) -> str:
+    """The server's name of a slot's tensor: the slot's own, or that of one client's version."""
+    return key if client is None else f"own/{client}/{key}"
+
+
+def own_versions(state: ServerState, client: int, keys: Sequence[str]) -> dict[str, str]:
+    """Addresses of the slots of which the server keeps a version for this client."""
+    return {key: name for key in keys if (name := version_name(key, client)) in state.params}

@@ -82,10 +82,6 @@ class ExpertMap:
             is_held_LN[row, list(self.slots(client, layer))] = True
         return is_held_LN
 
-    def holders(self, layer: int, expert: int) -> tuple[int, ...]:
-        """Clients that hold an expert, ascending."""
-        return tuple(client for client in self.clients if expert in self.slots(client, layer))
-
     def load(self, layer: int, clients: Sequence[int] | None = None) -> torch.Tensor:
         """How many clients hold each expert of a layer, (N,) int64; of all clients, or of these."""
         self._check_layer(layer)
@@ -93,10 +89,6 @@ class ExpertMap:
         for client in self.clients if clients is None else clients:
             load_N[list(self.experts(client, layer))] += 1
         return load_N
-
-    def coverage(self, layer: int) -> float:
-        """Share of a layer's experts that at least one client holds, in [0, 1]."""
-        return float((self.load(layer) > 0).double().mean())
 
     def to_json(self) -> dict[str, object]:
         """The map as JSON values, for ``ServerState.notes``."""

@@ -5,15 +5,17 @@ need not mean the same on two clients. After local training each client measures
 routing share p_i(e) = E_x[G_e(x)]; its stability h_i(e); tokens n_i(e, r), mean input a_i(e, r) and mean response b_i(e, r) of
 the tokens sent to e, by region r of e's inputs. The server computes
 
-    s_i(e) = exp(-|p_i(e) - median_j p_j(e)| / T) h_i(e),   omega_i(e) = s_i(e) / sum_j s_j(e)
+    s_i(e) = exp(-E |p_i(e) - median_j p_j(e)| / T) h_i(e),   omega_i(e) = s_i(e) / sum_j s_j(e)
     P(e) ~ sum_i omega_i(e) p_i(e),                         w_e <- sum_i omega_i(e) w_{i,e}   (the router's row e)
     sigma_ij(e) = sum_r min(share_i(r), share_j(r)) cos(b_i(e,r), b_j(e,r)) [cos(a_i(e,r), a_j(e,r)) > theta_a]
     gamma_ij(e) = n_j(e) sigma_ij(e) [sigma_ij(e) >= theta] / (the same, summed over j)
     i* = argmax_j sum_i sigma_ij(e),                        E_e <- sum_j gamma_{i*j}(e) E_{j,e}
 
-and clients train on L = L_task + mu KL(p_batch || P), averaged over layers, whose gradient reaches the router only. T is
-``temperature``; ``stability`` chooses h; ``router`` what becomes of the gates; ``personal`` gives a client whose expert is not in
-the anchor's majority an own version, E_{i,e} <- sum_j gamma_ij(e) E_{j,e}. What nobody has a token for stays as it is.
+and clients train on L = L_task + mu KL(p_batch || P), averaged over layers, whose gradient reaches the router only. n_j(e) in
+gamma is sum_r n_j(e, r) times the client's examples over those it measured (``probe_examples`` at most), so that clients which
+route alike weigh as in FedAvg. T is ``temperature``, in units of the uniform share 1 / E of E experts; ``stability`` chooses h;
+``router`` what becomes of the gates; ``personal`` gives a client whose expert is not in the anchor's majority an own version,
+E_{i,e} <- sum_j gamma_ij(e) E_{j,e}. What nobody has a token for stays as it is.
 
 Stated by the abstract: gates are aligned through routing distributions with a weak regulariser, experts through a semantic
 consistency measure and selective aggregation. Two independent digests add the form omega = s / sum s and weights gamma_ij(e) that
@@ -36,10 +38,13 @@ from fedgraft.aggregation.cohort import (
     ExpertAlignment,
     align_experts,
     align_gates,
+    examples_per_probe,
     expert_refs,
+    own_versions,
     remember,
     router_rows,
     stack_statistic,
+    version_name,
 )
 from fedgraft.aggregation.fedavg import Part, PartsConfig
 from fedgraft.aggregation.prototypes import Prototypes, in_common_regions
@@ -88,7 +93,7 @@ class FedAlignMoeConfig(PartsConfig):
         "on their mean inputs; local: gates stay with their clients; mean: averaged by examples. null: rows, but mean where "
         "theta is null and mu is 0, so that this is FedAvg.",
     )
-    temperature: float = Field(0.1, gt=0, description="T: how far a routing share may be from the clients' median.")
+    temperature: float = Field(1.0, gt=0, description="T: how far a share may be from the median, in units of 1 / experts.")
     stability: Literal["halves", "rounds", "off"] = Field(
         "halves", description="What h compares a routing share with: the other half of the examples, the last round, nothing."
     )
@@ -102,7 +107,9 @@ class FedAlignMoeConfig(PartsConfig):
     )
     distill_steps: int = Field(50, ge=1, le=10_000, description="L-BFGS steps of router: distill.")
     distill_ridge: float = Field(1e-3, gt=0, description="How strongly router: distill holds the gate at the average by rows.")
-    probe_examples: int = Field(64, ge=1, description="Training examples on which a client measures its experts, after training.")
+    probe_examples: int = Field(
+        64, ge=1, description="Examples on which a client measures its experts after training; n is scaled up to all it has."
+    )
 
     @property
     def router_mode(self) -> _RouterMode:
@@ -201,13 +208,13 @@ class FedAlignMoe(Method):
         extras = dict(task.extras)
         if "omega" in state.memory and self.config.omega_mask is not None:
             extras["kept"] = state.memory["omega"][task.client_id].nan_to_num(nan=1.0) >= self.config.omega_mask
-        return replace(task, addresses=_own_versions(state, task.client_id, task.keys), extras=extras)
+        return replace(task, addresses=own_versions(state, task.client_id, task.keys), extras=extras)
 
     def evaluation(self, state: ServerState, task: EvaluationTask) -> EvaluationTask:
         """A personal model has the client's own versions of experts."""
         if task.view == "global" or task.client_id is None:
             return task
-        return replace(task, addresses=_own_versions(state, task.client_id, task.keys))
+        return replace(task, addresses=own_versions(state, task.client_id, task.keys))
 
     def weigh(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Weights:
         """gamma of the anchor for experts, omega for router rows, numbers of examples for the rest."""
@@ -217,18 +224,18 @@ class FedAlignMoe(Method):
         spread: dict[str, tuple[str, ...]] = {}
         for ref, layer, expert in expert_refs(self.federation):
             if ref.part == "experts" and cohort.experts is not None:
-                versions = self._versions(ref.key, cohort, cohort.experts, layer, expert)
+                versions = cohort.versions(ref.key, layer, expert, with_own=self.config.personal)
                 by_key |= {name: tuple(weights[order].tolist()) for name, weights in versions.items()}
                 names = tuple(versions)
-                held = (_name(ref.key, client) for client in (None, *cohort.clients))
+                held = (version_name(ref.key, client) for client in (None, *cohort.clients))
                 spread |= {name: names for name in held if name in state.params and names != (name,)}
             elif ref.part == "router" and cohort.omega is not None and self.config.router_mode == "rows":
                 by_key[ref.key] = tuple(cohort.omega[order, layer, expert].tolist())
             elif ref.part == "router" and self.config.router_mode == "distill":
                 # Each client's gate is summed under a name of its own, so that the server has them one by one.
-                spread[ref.key] = tuple(_name(ref.key, client) for client in cohort.clients)
+                spread[ref.key] = tuple(version_name(ref.key, client) for client in cohort.clients)
                 for client in cohort.clients:
-                    by_key[_name(ref.key, client)] = tuple(float(update.client_id == client) for update in updates)
+                    by_key[version_name(ref.key, client)] = tuple(float(update.client_id == client) for update in updates)
         default = tuple(float(update.num_examples) for update in updates)
         return Weights(default=default, by_key=by_key, spread=spread)
 
@@ -273,15 +280,9 @@ class FedAlignMoe(Method):
                 found, middles = in_common_regions(found, state.extras.get("centroids"))
             cohort = replace(cohort, prototypes=found, centroids=middles)
             if config.theta is not None:
-                cohort = replace(cohort, experts=align_experts(found, config.theta, config.theta_a))
+                scale_C = examples_per_probe(ordered, config.probe_examples)
+                cohort = replace(cohort, experts=align_experts(found, config.theta, config.theta_a, scale_C))
         return cohort
-
-    def _versions(self, key: str, cohort: Cohort, experts: ExpertAlignment, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """Weights (C,) of one expert's tensor by the server's names: the global one, and outsiders' own versions."""
-        made = {key: experts.majority(layer, expert)}
-        if self.config.personal:
-            made |= {_name(key, cohort.clients[at]): gamma for at, gamma in experts.outsiders(layer, expert).items()}
-        return made
 
     def _make_versions(
         self, state: ServerState, reduced: Reduced, cohort: Cohort, experts: ExpertAlignment, params: Params
@@ -291,11 +292,11 @@ class FedAlignMoe(Method):
             if ref.part != "experts":
                 continue
             common = state.params[ref.key].double()
-            own = {at: name for at, client in enumerate(cohort.clients) if (name := _name(ref.key, client)) in state.params}
+            own = {at: name for at, c in enumerate(cohort.clients) if (name := version_name(ref.key, c)) in state.params}
             for at, name in own.items():
                 if experts.counts[at, layer, expert] > 0:
                     del params[name]  # made anew below, or the client is in the majority now
-            for name, weights in self._versions(ref.key, cohort, experts, layer, expert).items():
+            for name, weights in cohort.versions(ref.key, layer, expert, with_own=True).items():
                 if name in reduced.delta:
                     # From the common tensor on: where everybody received that, nothing is added and nothing rounded.
                     start = common + sum(weights[at] * (state.params[held].double() - common) for at, held in own.items())
@@ -307,7 +308,7 @@ class FedAlignMoe(Method):
         assert cohort.omega is not None
 
         def gate(client: int, refs: Sequence[ParamRef]) -> torch.Tensor:
-            return torch.cat([state.params[ref.key].double() + reduced.delta[_name(ref.key, client)] for ref in refs])
+            return torch.cat([state.params[ref.key].double() + reduced.delta[version_name(ref.key, client)] for ref in refs])
 
         for layer, tensors in router_rows(self.federation).items():
             counts_N = cohort.prototypes.counts[:, layer].reshape(-1)
@@ -395,13 +396,3 @@ class FedAlignMoe(Method):
         own = {(ref.layer, ref.expert) for ref in session.engine.refs if ref.key in session.task.addresses}
         layers = session.engine.facts.layers
         return {"own_experts": {str(layer): sum(at == layer for at, _ in own) for layer in layers}}
-
-
-def _name(key: str, client: int | None) -> str:
-    """The server's name of a slot's tensor: the slot's own, or that of one client's version."""
-    return key if client is None else f"own/{client}/{key}"
-
-
-def _own_versions(state: ServerState, client: int, keys: Sequence[str]) -> dict[str, str]:
-    """Addresses of the slots of which the server keeps a version for this client."""
-    return {key: name for key in keys if (name := _name(key, client)) in state.params}

@@ -65,11 +65,17 @@ _Held = dict[str, list[list[int]]]
 _Task = TypeVar("_Task", ClientTask, EvaluationTask)
 
 
+class PoolAdapterConfig(AdapterConfig):
+    """LoRA of FedAMoLE: its dropout is the source's, also where only a rank is given."""
+
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on the LoRA's input while training.")
+
+
 class FedAMoLEConfig(MethodConfig):
     """Options of FedAMoLE."""
 
     name: Literal["fedamole"] = "fedamole"
-    adapter: AdapterConfig = Field(AdapterConfig(dropout=0.05), description="Rank, scale and dropout of every LoRA expert.")
+    adapter: PoolAdapterConfig = Field(PoolAdapterConfig(), description="Rank, scale and dropout of every LoRA expert.")
     targets: tuple[str, ...] = Field(
         ("q_proj", "v_proj"), min_length=1, description="Attention maps with a mixture, by last name."
     )
@@ -141,6 +147,11 @@ class FedAMoLE(Method):
     is_slots_only = False
     config_class = FedAMoLEConfig
     config: FedAMoLEConfig
+
+    def __init__(self, config: FedAMoLEConfig) -> None:
+        super().__init__(config)
+        # The balance term takes shares of a batch's choices; without domain experts nothing is chosen.
+        self.uses_batch_statistics = config.balance > 0 and config.num_experts != 0  # type: ignore[misc]
 
     def slots(self, facts: ModelFacts) -> Slots:
         """A mixture at every target, with as many slots as a client may hold experts."""
@@ -271,7 +282,9 @@ class FedAMoLE(Method):
         config = self.config
         each, low, high = config.clients_per_expert, config.min_experts, config.max_experts
         mean = min(max(_MEAN_HELD, low), high)
-        count = math.ceil(mean * num_clients / each) if config.num_experts is None else config.num_experts
+        # Rounded up, the places may be more than clients take.
+        fitting = min(math.ceil(mean * num_clients / each), high * num_clients // each)
+        count = fitting if config.num_experts is None else config.num_experts
         if each > num_clients:
             raise MethodError(
                 f"fedamole: each expert is to choose {each} clients, and there are {num_clients}", "lower clients_per_expert"

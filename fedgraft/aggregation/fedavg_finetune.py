@@ -5,9 +5,10 @@ Personalization", arXiv 1910.10252, judge it; Collins, Hassani, Mokhtari, Shakko
 Updates Lead to Representation Learning", arXiv 2205.13692, explain why it works.
 
 The last ``finetune_rounds`` of the configured rounds are local: a client gets the global model in its first of them, trains,
-sends nothing, and goes on from its own result in the next. So it takes as many local steps as under any other method. Its
-result is its private state ``personal/<slot>``, and what it is judged with; a client that was never drawn in these rounds has
-the global model.
+sends nothing, and goes on from its own result in the next. So it takes as many local steps as under any other method (with
+``finetune_cohort: all`` more, where it was not drawn). Its result is its private state ``personal/<slot>``, and what it is
+judged with; a client that was never drawn in these rounds has the global model. A run needs more rounds than these; where a try
+of a rate search has no more, its first round is averaged all the same, and the rest is local.
 
 Ours: that fine-tuning is counted in rounds, with their local steps and learning rate, and the default of one.
 """
@@ -41,10 +42,13 @@ class FedAvgFinetuneConfig(PartsConfig):
         1,
         ge=1,
         le=1_000_000,
-        description="Last rounds in which clients train for themselves; the first round is always averaged.",
+        description="Last rounds in which clients train for themselves, fewer than federation.rounds; a try of a rate search "
+        "that is as short averages in its first round, and one of a single round does nothing else.",
     )
     finetune_cohort: Literal["drawn", "all"] = Field(
-        "drawn", description="Who fine-tunes in such a round: the cohort that was drawn, or every client of the population."
+        "drawn",
+        description="Who fine-tunes in such a round: the cohort that was drawn, or all clients, which costs those outside the "
+        "cohort more local steps than other methods do.",
     )
 
 
@@ -61,11 +65,23 @@ class FedAvgFinetune(FedAvg):
     config_class: ClassVar[type[MethodConfig]] = FedAvgFinetuneConfig
     config: FedAvgFinetuneConfig
     keeps_client_state = True
-    is_slots_only = False
 
     def is_personal(self, groups: Mapping[str, Group]) -> bool:
         """Every client ends with a model of its own."""
         return True
+
+    def own_values(self, private: Params) -> Params:
+        """The result of the client's last local round; nothing before it."""
+        return {key.removeprefix(_PERSONAL): value for key, value in private.items() if key.startswith(_PERSONAL)}
+
+    def check_run(self, *, rounds: int, has_budgets: bool) -> None:
+        """Something must be averaged before clients fine-tune it."""
+        super().check_run(rounds=rounds, has_budgets=has_budgets)
+        if self.config.finetune_rounds >= rounds:
+            raise ValueError(
+                f"finetune_rounds is {self.config.finetune_rounds} and federation.rounds is {rounds}, so that no round is left "
+                "for averaging; set finetune_rounds lower, or federation.rounds higher"
+            )
 
     # The server's half.
 
@@ -96,8 +112,7 @@ class FedAvgFinetune(FedAvg):
 
     def build(self, session: Session) -> AbstractContextManager[object]:
         """Put the client's own model in the place of the global one."""
-        own = {key.removeprefix(_PERSONAL): value for key, value in session.private.items() if key.startswith(_PERSONAL)}
-        session.engine.load(own)
+        session.engine.load(self.own_values(session.private))
         return nullcontext()
 
     def local(self, session: Session, train: LocalTrain) -> TrainResult:

@@ -2,24 +2,26 @@
 
 Dun, Hipolito Garcia et al., arXiv 2306.08586 (v3, June 2025). A frozen *common expert* embeds an example x as x'; the gate
 g(x'; W_r), a 2-layer MLP with a softmax over the M experts (``num_experts``, ``gate_hidden``), is trained together with them. A
-client with data D_s holds e_s = TopK_K(sum over x in D_s of g(x'; W_r)) (``top_k``): it gets W_r first, scores its own examples,
-and asks for these K experts. It trains W_r and them on -log p(y|x) with p(y|x) = sum over i in e_s of g_i(x') softmax f(x; W_i),
-g renormalised over e_s (``mix``). An *anchor* client is tied to one expert q, gets W_r and W_q alone, and trains two losses that
-share nothing: CE(f(x; W_q), y) for the expert, CE(g(x'; W_r), q) for the gate. Anchors have labels as unlike each other as can
-be and run far more often (``anchor_source``, ``anchors_per_round``): by default they are half of a cohort. The server takes the
-plain mean of W_r over all, and of an expert over those that trained it; one that nobody trained stays. A client is judged without
-labels: the K experts as above, and for each example the best-scored of the K alone (``judge``). A round costs
-N (2 P_r + 2 K P_e) values, for anchors with K = 1, whatever M.
+client with data D_s holds e_s = TopK_K(sum over x in D_s of g(x'; W_r)) (``top_k``): it gets W_r first, scores its own
+examples, and asks for these K experts. It trains W_r and them on -log p(y|x) with p(y|x) = sum over i in e_s of g_i(x') softmax
+f(x; W_i), g renormalised over e_s (``mix``). An *anchor* client is tied to one expert q, gets W_r and W_q alone, and trains two
+losses that share nothing: CE(f(x; W_q), y) for the expert, CE(g(x'; W_r), q) for the gate (clipping alone sees the gradients of
+both together). Anchors have labels as unlike each other as can be and run far more often (``anchor_source``,
+``anchors_per_round``): by default they are half of a cohort. The server takes the plain mean of W_r over all, and of an expert
+over those that trained it; one that nobody trained stays. A client is judged without labels: the K experts as above, and for
+each example the best-scored of the K alone (``judge``). A round costs N (2 P_r + 2 K P_e) values, for anchors with K = 1,
+whatever M.
 
-Stated by the paper: all of the above, M = 5 or 10, K = 2, the rates 0.01 and 0.001 of experts and gate (``gate_lr_scale``). Ours:
-the common expert is the frozen base, which every client has, so that its one-off cost is not charged; an *expert* is a LoRA on
-attention maps, the whole model's worth of adapters; x' is the mean over the prompt's tokens of the base's last hidden state
-(``embedding``), so that responses are never seen. The mixture of probabilities is inferred from prose. A token's loss uses its
-example's gate, and the anchors' gate loss is a mean over label tokens likewise. At most half of the clients are anchors.
-``anchor_source: oracle`` reads label counts; ``clustered`` does not: in a first round all clients train and send their mean
-embedding, and k-means finds one anchor a cluster. ``gate: random`` is a control that the paper lacks, and ``schedule:
-experts_first`` its theory's counter-example. Experts start as the base (B = 0) unless ``expert_noise`` sets them apart. A
-client's model uses its training prompts to choose experts; the global view, which knows no client, is the common expert alone.
+Stated by the paper: all of the above, M = 5 or 10, K = 2, the rates 0.01 and 0.001 of experts and gate (``gate_lr_scale``).
+Ours: the common expert is the frozen base, which every client has, so that its one-off cost is not charged; an *expert* is a
+LoRA on attention maps, the whole model's worth of adapters; x' is the mean over the prompt's tokens of the base's last hidden
+state (``embedding``), so that responses are never seen; general text without prompts has an x' of zeros, and the gate's biases
+alone weigh it. The mixture of probabilities is inferred from prose. A token's loss uses its example's gate, and the anchors'
+gate loss is a mean over label tokens likewise. At most half of the clients are anchors. ``anchor_source: oracle`` reads label
+counts; ``clustered`` does not: in a first round all clients train and send their mean embedding, and k-means finds one anchor a
+cluster. ``gate: random`` is a control that the paper lacks, and ``schedule: experts_first`` its theory's counter-example.
+Experts start as the base (B = 0) unless ``expert_noise`` sets them apart. A client's model uses its training prompts to choose
+experts; the global view, which knows no client, is the common expert alone.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 from pydantic import Field, model_validator
 from torch.nn import functional as F
 
-from fedgraft.aggregation.anchors import cluster_anchors, label_anchors, split_cohort
+from fedgraft.aggregation.anchors import cluster_anchors, draw_order, label_anchors, split_cohort
 from fedgraft.aggregation.example_mixtures import (
     attention_targets,
     embed_batches,
@@ -42,7 +44,6 @@ from fedgraft.aggregation.example_mixtures import (
     mixture_loss,
     slot_keys,
 )
-from fedgraft.errors import MethodError
 from fedgraft.moe.example_gate import PromptEmbedder, example_gate_of, prompts_of
 from fedgraft.moe.mixture import active_slots, example_weights, set_example_weights
 from fedgraft.moe.prompts import watch_prompts
@@ -115,7 +116,10 @@ class FedJETsConfig(MethodConfig):
         "oracle", description="How anchors are found: by label counts; by k-means of mean embeddings; or there are none."
     )
     anchors_per_round: int | None = Field(
-        None, ge=0, description="Anchors of a cohort; null: half of it, as far as there are any."
+        None,
+        ge=0,
+        description="Anchors of a cohort, as far as there are any, any others being ordinary in that round; null: half of the "
+        "cohort, a half client in every other round.",
     )
     schedule: Literal["joint", "experts_first"] = Field(
         "joint", description="experts_first: half of the rounds train experts under the gate as drawn, the rest the gate alone."
@@ -200,7 +204,11 @@ class FedJETs(Method):
     # ---- the server
 
     def init(self, params: Params, num_clients: int) -> ServerState:
-        """The gate as it starts, and a pool whose experts are drawn one by one."""
+        """The gate as it starts, a pool whose experts are drawn one by one, and anchors where labels choose them.
+
+        Raises:
+            MethodError: Labels are to choose anchors, and there are fewer than two.
+        """
         config = self.config
         kept = {key: value for key, value in params.items() if not key.endswith("]")}
         for expert in range(config.num_experts):
@@ -214,7 +222,10 @@ class FedJETs(Method):
                 else:
                     noise = torch.randn(value.shape, generator=generator) * config.expert_noise
                     kept[name] = noise.to(value.dtype) if config.expert_noise else torch.zeros_like(value)
-        return ServerState(params=kept)
+        state = ServerState(params=kept)
+        # Where no labels are known the first round is refused, not this.
+        is_known = config.anchor_source == "oracle" and any(self.federation.labels)
+        return replace(state, notes={"anchors": list(self._anchors(state))}) if is_known else state
 
     def plan(self, state: ServerState, default: RoundPlan) -> RoundPlan:
         """A first round that finds anchors where they are clustered; experts and gate apart where they do not train jointly."""
@@ -234,21 +245,21 @@ class FedJETs(Method):
         if not anchors:
             return cohort
         wanted = self.config.anchors_per_round
-        sizes = split_cohort(len(cohort), len(anchors), num_clients, round(len(cohort) / 2) if wanted is None else wanted)
-        drawn: list[int] = []
-        for purpose, group, size in (
-            ("anchors", sorted(anchors), sizes[0]),
-            ("others", [client for client in range(num_clients) if client not in anchors], sizes[1]),
-        ):
-            seed = derive_seed(self.federation.run_seed, f"fedjets/{purpose}", round_idx=plan.round_idx)
-            order = torch.randperm(len(group), generator=torch.Generator().manual_seed(seed))
-            drawn += [group[place] for place in order[:size].tolist()]
+        # A cohort of one would never have an anchor, or nothing else, were halves always rounded the same way.
+        half = (len(cohort) + plan.round_idx % 2) // 2
+        sizes = split_cohort(len(cohort), len(anchors), num_clients, half if wanted is None else wanted)
+        others = [client for client in range(num_clients) if client not in anchors]
+        drawn = self._drawn("anchors", anchors, plan)[: sizes[0]] + self._drawn("others", others, plan)[: sizes[1]]
         return tuple(sorted(drawn))
 
+    def _drawn(self, purpose: str, group: Sequence[int], plan: RoundPlan) -> list[int]:
+        """Some clients in the order in which a round draws them."""
+        return draw_order(group, derive_seed(self.federation.run_seed, f"fedjets/{purpose}", round_idx=plan.round_idx))
+
     def task(self, state: ServerState, task: ClientTask) -> ClientTask:
-        """An anchor gets its expert with the gate; others ask for experts once they have the gate."""
+        """An anchor gets its expert with the gate; others, and anchors beyond the wanted number, ask for experts later."""
         anchors = self._anchors(state) if task.plan.phase != _CLUSTER else ()
-        if task.client_id not in anchors:
+        if task.client_id not in self._drawn("anchors", anchors, task.plan)[: self.config.anchors_per_round]:
             return task
         expert = anchors.index(task.client_id)
         addresses = {key: pool_name(expert, key) for key in slot_keys(self.federation.refs, 0)}
@@ -280,15 +291,9 @@ class FedJETs(Method):
         """
         if self.config.anchor_source == "none" or not self._num_anchors:
             return ()
-        if self.config.anchor_source == "clustered":
+        if self.config.anchor_source == "clustered" or "anchors" in state.notes:
             return tuple(state.notes.get("anchors", ()))  # type: ignore[arg-type]
-        labels = self.federation.labels
-        if len({label for each in labels for label in each}) < 2:
-            raise MethodError(
-                "fedjets finds anchor clients by labels, and the data has fewer than two",
-                "give data.fields.label, or set anchor_source: clustered or none",
-            )
-        return label_anchors(labels, self._num_anchors)
+        return label_anchors(self.federation.labels, self._num_anchors)
 
     # ---- the client
 

@@ -23,12 +23,13 @@ balance's coefficients. Ours: the defaults; p counts choices, so that layers sum
 top-1); a layer keeps top-k experts at least (there: 1); what stage 1 trains is averaged, unless ``warmup: measure_only`` drops
 it; all clients that can take part in stage 1, whatever the cohort's size (``warmup_cohort``); a client's task is its most
 frequent label; a client without a budget holds what covers ``coverage``; n is rounded; the search adds no expert that no choice
-fell on; S has only clients that measured p; what is tried has ``patience`` rounds as well; p of experts that a client lost is
-what it was when it had them. The paper tunes LoRA in stage 1 and all weights in stage 2; here one form serves both: LoRA by
-default, all weights with ``lora: []`` and ``full: [attention, router, experts]``.
+fell on, but who may hold all holds all; S has only clients that measured p; what is tried has ``patience`` rounds as well; p of
+experts that a client lost is what it was when it had them. The paper tunes LoRA in stage 1 and all weights in stage 2; here one
+form serves both: LoRA by default, all weights with ``lora: []`` and ``full: [attention, router, experts]``.
 
 Controls: randomMoE is ``warmup_rounds: 0`` and ``recommend: false``; with a warm-up, ``experts: random`` draws as many experts
-in each layer as the search would keep. With ``coverage: null``, no budgets and no warm-up this is FedAvg.
+in each layer as the search would keep. With ``coverage: null``, no budgets and no warm-up this is FedAvg. Sub-models need
+routers that choose among all experts of a layer; on routers that choose groups first (DeepSeek) only whole models work.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ from fedgraft.aggregation.expert_choice import balance_of
 from fedgraft.aggregation.expert_map import ExpertMap
 from fedgraft.aggregation.fedavg import FedAvg, Part, PartsConfig
 from fedgraft.aggregation.submodel import (
-    Held,
     Trial,
     held_by_layer,
     judge,
+    partial_assignment,
     randomised,
     reach,
     recommend,
@@ -95,7 +96,11 @@ class FedMoEConfig(PartsConfig):
     lora: tuple[Part, ...] = Field(("attention", "experts"), description="Parts trained and averaged as LoRA; not the router.")
     full: tuple[Part, ...] = Field(("router",), description="Parts whose own weights are trained and averaged.")
     warmup_rounds: int = Field(
-        1, ge=0, le=1000, description="Rounds of stage 1, which finds p on whole models; 0: sub-models start with random experts."
+        1,
+        ge=0,
+        le=1000,
+        description="Rounds of stage 1, which finds p on whole models, all but one of a run or rate search that "
+        "is no longer; 0: sub-models start with random experts.",
     )
     warmup: Literal["average", "measure_only"] = Field(
         "average", description="Whether what stage 1 trains is averaged, or only measured on and dropped."
@@ -159,6 +164,15 @@ class FedMoE(FedAvg):
     config_class = FedMoEConfig
     config: FedMoEConfig
 
+    def __init__(self, config: FedMoEConfig) -> None:
+        super().__init__(config)
+        self.uses_batch_statistics = config.balance > 0  # type: ignore[misc]
+
+    @property
+    def bounds_experts(self) -> bool:
+        """Where coverage makes sub-models of clients without a budget."""
+        return self.config.coverage is not None
+
     def slots(self, facts: ModelFacts) -> Slots:
         """The parts of FedAvg, a fully trained router row by row."""
         return replace(super().slots(facts), splits_router=True)
@@ -179,13 +193,13 @@ class FedMoE(FedAvg):
         """Nobody's p is known; without a warm-up the sub-models are drawn at once.
 
         Raises:
-            MethodError: The run is shorter than the warm-up, nobody can take part in it, or a budget holds too little.
+            MethodError: Routers choose by groups, nobody can take part in the warm-up, or a budget holds too little.
         """
-        facts, warmup = self.federation.facts, self.config.warmup_rounds
-        if warmup > self.federation.rounds:
+        facts, warmup = self.federation.facts, self._warmup
+        if facts.num_groups > 1 and self.is_personal({}):
             raise MethodError(
-                f"fedmoe: warmup_rounds is {warmup}, and this run has {self.federation.rounds} rounds",
-                "lower warmup_rounds, or run more rounds (a rate search has rounds of its own)",
+                f"fedmoe: routers here choose among {facts.num_groups} groups of experts first, and sub-models could lack some",
+                "take a model without groups, or set coverage: null and no budgets, so that everybody holds all",
             )
         for client in range(num_clients):
             if self._limit(client) < len(facts.layers) * facts.top_k:
@@ -208,7 +222,7 @@ class FedMoE(FedAvg):
 
     def plan(self, state: ServerState, default: RoundPlan) -> RoundPlan:
         """The first rounds explore."""
-        return replace(default, phase="explore") if default.round_idx <= self.config.warmup_rounds else default
+        return replace(default, phase="explore") if default.round_idx <= self._warmup else default
 
     def select(self, state: ServerState, plan: RoundPlan, cohort: tuple[int, ...]) -> tuple[int, ...]:
         """Stage 1 is for clients that can hold the whole model; if the cohort has none, for all of these."""
@@ -235,7 +249,7 @@ class FedMoE(FedAvg):
         """Average by contributors; note p; search the first sub-models when stage 1 ends, recommend others in stage 2."""
         state = replace(state, params=add_delta(state.params, reduced.delta))
         round_idx = updates[0].round_idx
-        is_exploring = round_idx <= self.config.warmup_rounds
+        is_exploring = round_idx <= self._warmup
         if not (is_exploring or self.config.recommend):
             return state
         p_CLE = state.memory["p"].clone()
@@ -244,7 +258,7 @@ class FedMoE(FedAvg):
             p_CLE[update.client_id] = with_measured(p_CLE[update.client_id], held, update.statistics[_ACTIVATION])
         measured: set[int] = {*state.notes["measured"], *(update.client_id for update in updates)}  # type: ignore[misc]
         notes = dict(state.notes) | {"measured": sorted(measured)}
-        if round_idx == self.config.warmup_rounds:
+        if round_idx == self._warmup:
             federation = self.federation
             labels = federation.labels if self.config.same_task == "labels" else ()
             p_CLE = with_estimates(p_CLE, sorted(measured), labels, federation.num_examples)
@@ -254,6 +268,11 @@ class FedMoE(FedAvg):
         return replace(state, memory=dict(state.memory) | {"p": p_CLE}, notes=notes)
 
     # ---- the server: sub-models
+
+    @property
+    def _warmup(self) -> int:
+        """Rounds of stage 1; a run that is too short keeps its last round for stage 2, if it has two at all."""
+        return min(self.config.warmup_rounds, max(1, self.federation.rounds - 1))
 
     @property
     def _num_slots(self) -> int:
@@ -286,23 +305,18 @@ class FedMoE(FedAvg):
         found: dict[int, Assignment] = {}
         for client, p_LE in enumerate(p_CLE):
             count = self._first_count(client)
-            if count is not None:
+            if count is not None and count < self._num_slots:
                 search = water_fill if self.config.search == "waterfill" else threshold_search
                 held = search(p_LE, count=count, least=facts.top_k)
-            elif self.config.coverage is not None:
+            elif count is None and self.config.coverage is not None:
                 held = reach(p_LE, self.config.coverage, least=facts.top_k)
             else:
                 held = held_by_layer(facts, None)
             if self.config.experts == "random" or self.config.warmup_rounds == 0:
                 seed = derive_seed(self.federation.run_seed, "fedmoe/experts", client_id=client)
                 held = randomised(held, facts.num_experts, seed)
-            found[client] = self._partial(held)
+            found[client] = partial_assignment(facts, held)
         return ExpertMap(layers=facts.layers, num_experts=facts.num_experts).give(found)
-
-    def _partial(self, held: Held) -> Assignment:
-        """What a sub-model lacks something of, by layer: a layer that is held as a whole needs no mask."""
-        facts = self.federation.facts
-        return {layer: experts for layer, experts in zip(facts.layers, held, strict=True) if len(experts) < facts.num_experts}
 
     def _recommend(
         self, state: ServerState, p_CLE: torch.Tensor, measured: Sequence[int], updates: Sequence[ClientUpdate]
@@ -321,13 +335,13 @@ class FedMoE(FedAvg):
             before = Trial.from_json(trials[str(client)]) if str(client) in trials else Trial()
             trial, decision = judge(before, float(update.statistics[_SCORE]), patience=config.patience)
             if decision == "revert" and trial.previous is not None:
-                changed[client] = self._partial(trial.previous)
+                changed[client] = partial_assignment(facts, trial.previous)
                 trial = replace(trial, previous=None)
             elif decision == "change":
                 limits = {"limit": self._limit(client), "least": facts.top_k}
                 tried = recommend(client, held, p_CLE, measured, neighbours=config.neighbours, **limits)
                 if tried != held[client]:
-                    changed[client] = self._partial(tried)
+                    changed[client] = partial_assignment(facts, tried)
                     trial = replace(trial, previous=held[client], stale=0)
             trials[str(client)] = trial.to_json()
         return {"map": known.give(changed).to_json(), "trials": trials}

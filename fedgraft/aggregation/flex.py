@@ -6,7 +6,9 @@ layer's output on its own data, and trains the copy P and a graft gate g beside 
 and gate never leave the client.
 
 What is shared may be optimised as in FedAvg, FedProx, SCAFFOLD, FedAvgM, FedAdagrad, FedYogi or FedAdam (``server``), the paper's
-comparison set; grafts and private gates are left alone by all of them.
+comparison set; grafts and private gates are left alone by all of them. Their defaults are the textbook forms. The paper's set, in
+the form of public federated LLM code, is ``form: average`` for FedAvgM, and ``second_moment: momentum`` with ``momentum_start:
+delta`` for FedYogi and FedAdam; FedAdagrad has no momentum there, as by default here.
 
 Stated by the paper's abstract and its reviewers: what is frozen, shared and private; one expert a layer by layer-wise
 reconstruction loss, greedily for more than one; joint training. Reconstructed here, because the paper's body was not available
@@ -120,6 +122,10 @@ class Flex(Optimized):
     config_class = FlexConfig
     config: FlexConfig
 
+    def __init__(self, config: FlexConfig) -> None:
+        super().__init__(config)
+        self.needs_whole_model = METHODS.get(config.server.name).needs_whole_model  # type: ignore[misc]  # the optimiser decides
+
     @property
     def optimizer(self) -> FederatedOptimizer:
         """The one of ``server``; it sees what clients receive, which no private slot is."""
@@ -188,9 +194,12 @@ class Flex(Optimized):
             with gathered(layer.experts.parameters()):
                 copied = self._copy(session, layer, chosen[layer.index], contributions.get(layer.index))
             session.private.update({f"{prefix}{name}": value for name, value in copied.items()})
-        session.diagnostics["graft_choice"] = {
+        # Neurons of many experts, or a fresh one, are nobody's copy; the loss then only says which layers come first.
+        experts = [list(chosen[layer.index]) if layer.index in kept else [] for layer in layers]
+        is_copy = config.granularity == "expert" and config.graft_init == "copy"
+        session.diagnostics["graft_choice"] = ({"experts": experts} if is_copy else {}) | {
             "layers": [layer.index for layer in layers],
-            "experts": [list(chosen[layer.index]) if layer.index in kept else [] for layer in layers],
+            "is_grafted": [layer.index in kept for layer in layers],
             "loss": [losses[layer.index] for layer in layers],
             "zero_loss": [scores.layers[layer.index].zero_loss for layer in layers],
             "rank_correlation_with_usage": [_rank_correlation(scores, layer.index) for layer in layers],

@@ -16,7 +16,8 @@ usual loss and ``balance_weight`` times a balance loss over its experts, and kee
 numbers an expert it holds: its usage u_ce, the gate-weighted share of its training tokens, and the feedback r_ce. The server
 averages an expert over its holders with weights n_c u_ce (``usage_weighting``; an expert that nobody holds stays as it is) and
 everything else with n_c; then, for pairs that were assigned, Q_ce <- (1 - gamma) Q_ce + gamma r_ce (gamma is ``fitness_rate``),
-and for all experts D_e <- max(0, D_e + m - sum_c x_ce). Q starts at 1, the largest r there is, so that every pair is tried. A
+and for all experts D_e <- max(0, D_e + m - sum_c x_ce). Q starts at 1, the largest r there is, so that every pair is tried;
+among equal Q each client has an order of its own, drawn once from the run's seed. A
 personal model is the client's own router over the experts it was last given; a client that was never in a cohort gets those of
 its largest Q, among equals those of the largest mean Q.
 
@@ -55,6 +56,7 @@ from fedgraft.aggregation.assignment import (
     choose_best,
     choose_exactly,
     coefficient_of_variation,
+    draw_orders,
     load_bounds,
 )
 from fedgraft.aggregation.expert_feedback import balance_loss, gate_shares, judge_experts, normalised, token_losses
@@ -69,6 +71,7 @@ from fedgraft.types import (
     PRIVATE,
     Assignment,
     Batch,
+    ClientTask,
     ClientUpdate,
     EvaluationTask,
     Group,
@@ -83,6 +86,7 @@ from fedgraft.types import (
 __all__ = ["FlexMoE", "FlexMoEConfig", "next_deficit"]
 
 _WATCHED = "flex_moe"
+_OF_ASSIGNMENT = {"solver", "load_slack", "deficit_weight", "fitness_rate", "feedback", "feedback_examples"}
 
 
 class FlexMoEConfig(PartsConfig):
@@ -179,6 +183,20 @@ class FlexMoE(FedAvg):
         """Clients end with experts of their own, also where routers are shared."""
         return True
 
+    @property
+    def bounds_experts(self) -> bool:
+        """Where experts_per_client does."""
+        return self.config.experts_per_client is not None
+
+    def check_run(self, *, rounds: int, has_budgets: bool) -> None:
+        """Options of the assignment need clients that cannot hold all experts."""
+        super().check_run(rounds=rounds, has_budgets=has_budgets)
+        if not has_budgets and not self.bounds_experts and (idle := sorted(_OF_ASSIGNMENT & self.config.model_fields_set)):
+            raise ValueError(
+                f"{', '.join(idle)} has no effect where every client holds all experts; remove it, or set experts_per_client or "
+                "federation.budgets"
+            )
+
     # The server's half.
 
     def init(self, params: Params, num_clients: int) -> ServerState:
@@ -261,7 +279,7 @@ class FlexMoE(FedAvg):
         held = self._map(updates)
         load_LE = torch.stack([held.load(layer) for layer in facts.layers])
         memory = dict(state.memory)
-        if config.solver != "random":
+        if self._learns_fitness(facts, has_budgets=bool(self.federation.budgets)):
             memory["fitness"] = fitness_CLE = memory["fitness"].clone()
             for update in updates:
                 is_held_LE, old_LE = held.mask(update.client_id), fitness_CLE[update.client_id]
@@ -284,6 +302,11 @@ class FlexMoE(FedAvg):
         cv: Any = state.notes["load_cv"]
         return {"expert_load": {"layers": list(self.federation.facts.layers)} | {name: found[-1] for name, found in cv.items()}}
 
+    def _learns_fitness(self, facts: ModelFacts, *, has_budgets: bool) -> bool:
+        """Whether anything is chosen by fitness: not by chance, nor where every client holds all experts."""
+        is_bounded = has_budgets or self.config.experts_per_client not in (None, facts.num_experts)
+        return is_bounded and self.config.solver != "random"
+
     def _num_experts(self, client_id: int) -> int:
         """How many experts a client holds in each layer: what the option or its budget allows."""
         budget = self.federation.budget(client_id)
@@ -294,18 +317,21 @@ class FlexMoE(FedAvg):
         self, state: ServerState, round_idx: int, clients: Sequence[int], counts: Sequence[int], position: int
     ) -> torch.Tensor:
         """Who holds which experts of one layer, (C, E) bool, in the order of ``clients``."""
-        config, num_experts = self.config, self.federation.facts.num_experts
+        config, num_experts, run_seed = self.config, self.federation.facts.num_experts, self.federation.run_seed
         if config.solver == "random":
             purpose = f"flex_moe/assignment/{position}"
-            run_seed = self.federation.run_seed
             seeds = [derive_seed(run_seed, purpose, round_idx=round_idx, client_id=client_id) for client_id in clients]
             return choose_at_random(num_experts, counts, seeds)
         fitness_CE = state.memory["fitness"][list(clients), position]
+        # All Q are equal at first: without an order of its own every client would begin with the same experts.
+        orders = [derive_seed(run_seed, f"flex_moe/order/{position}", client_id=client_id) for client_id in clients]
+        order_CE = draw_orders(num_experts, orders)
         if config.solver == "greedy":
-            return choose_best(fitness_CE, counts)
+            return choose_best(fitness_CE, counts, among_equals=order_CE)
         score_CE = fitness_CE + config.deficit_weight * state.memory["deficit"][position]
         columns = load_bounds(counts, num_experts, config.load_slack)
-        return choose_exactly(score_CE, rows=CountBounds.exactly(counts), columns=columns, sides=("client", "expert"))
+        sides = ("client", "expert")
+        return choose_exactly(score_CE, rows=CountBounds.exactly(counts), columns=columns, sides=sides, among_equals=order_CE)
 
     def _map(self, updates: Sequence[ClientUpdate]) -> ExpertMap:
         """What each client that answered held in this round."""
@@ -314,6 +340,10 @@ class FlexMoE(FedAvg):
         return empty.give({update.client_id: update.assignment for update in updates})
 
     # The client's half.
+
+    def _gives_feedback(self, session: Session) -> bool:
+        has_budgets = isinstance(session.task, ClientTask) and session.task.budget is not None
+        return self._learns_fitness(session.engine.facts, has_budgets=has_budgets)
 
     @contextmanager
     def build(self, session: Session) -> Iterator[None]:
@@ -341,7 +371,7 @@ class FlexMoE(FedAvg):
     def local(self, session: Session, train: LocalTrain) -> TrainResult:
         """Train, and judge the experts on the client's validation examples: afterwards, and before where that is asked for."""
         config, engine = self.config, session.engine
-        if config.solver == "random" or config.feedback == "usage":
+        if config.feedback == "usage" or not self._gives_feedback(session):
             return train()
         watched: _Watched = session.scratch[_WATCHED]
         batches = session.validation_batches(config.feedback_examples)
@@ -361,7 +391,7 @@ class FlexMoE(FedAvg):
         statistics: Params = {}
         if self.config.usage_weighting:
             statistics["usage"] = _of_held(usage_LE, held)
-        if self.config.solver != "random":
+        if self._gives_feedback(session):
             feedback_LE = usage_LE if watched.feedback_LE is None else watched.feedback_LE
             statistics["feedback"] = _of_held(normalised(feedback_LE), held)
         session.diagnostics["held_experts"] = {

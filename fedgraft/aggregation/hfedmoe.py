@@ -26,7 +26,9 @@ examples; the default values of ``lam``, ``beta`` and ``tau``; s as the mean ove
 s in one place: ``rank_by``. That u(e) >= tau does not say that e was ever active, so that what is sent may be what was received:
 ``contrib`` chooses, and the diagnostics list both sets.
 
-With momentum in the local optimiser, an expert that was active in an earlier step still moves by it in later ones.
+A budget bounds the experts that have a gradient in a step, not those that move: with momentum in the local optimiser (AdamW) an
+expert that was active in an earlier step still moves by it in later ones, so that moments of all experts are counted as held.
+Weight decay would move all of them in every step, and is refused.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 
+from fedgraft.aggregation.cohort import stack_statistic
 from fedgraft.aggregation.fedavg import FedAvg, Part, PartsConfig
 from fedgraft.moe.active import ActiveExperts
-from fedgraft.protocols import LocalTrain, Reduced, Session, TrainResult, Weights
+from fedgraft.protocols import LocalTrain, Reduced, Session, TrainResult, TrainSpec, Weights
 from fedgraft.registry import METHODS
 from fedgraft.types import ClientTask, ClientUpdate, ParamRef, Params, ServerState
 
@@ -96,19 +99,27 @@ class HFedMoEConfig(PartsConfig):
                 raise ValueError(f"{', '.join(idle)} has no effect with rank_by: {self.rank_by}; remove it")
         if self.contrib == "updated" and "tau" in given:
             raise ValueError("tau has no effect with contrib: updated, which does not look at usage; remove it")
-        trains_router = "router" in (*self.lora, *self.full)
-        if not trains_router and (idle := sorted({"gates", "normalise"} & given)):
+        if not self.trains_router and (idle := sorted({"gates", "normalise"} & given)):
             raise ValueError(f"{', '.join(idle)} has no effect where no router is trained; add router to lora or full")
         if self.gates == "plain" and "normalise" in given:
             raise ValueError("normalise has no effect with gates: plain; remove it")
         if not self.normalise and "router" not in self.full:
             raise ValueError("normalise: false scales whole routers, not the factors of a LoRA: move router from lora to full")
-        weighs_gates = trains_router and self.gates == "alpha"
-        if "lam" in given and self.rank_by == "random" and not weighs_gates:
+        if "lam" in given and self.rank_by == "random" and not self.weighs_gates:
             raise ValueError("lam has no effect with rank_by: random where no router is weighted by alpha; remove it")
-        if "ema" in given and not weighs_gates and self.contrib == "updated":
+        if "ema" in given and not self.weighs_gates and self.contrib == "updated":
             raise ValueError("ema has no effect with contrib: updated where no router is weighted by alpha; remove it")
         return self
+
+    @property
+    def trains_router(self) -> bool:
+        """Whether routers are among the parts that are trained."""
+        return "router" in (*self.lora, *self.full)
+
+    @property
+    def weighs_gates(self) -> bool:
+        """Whether routers are weighted by alpha."""
+        return self.trains_router and self.gates == "alpha"
 
 
 # ---- the equations
@@ -155,11 +166,15 @@ def choose_active(
     return active_E & candidates_E
 
 
-def contributing(usage: torch.Tensor, updated: torch.Tensor, tau: float | None, contrib: str) -> torch.Tensor:
-    """The experts that a client sends, bool, of the shape (..., E) of ``usage``; ``tau`` ``None`` is 1 / E."""
+def contributing(usage: torch.Tensor, updated: torch.Tensor | None, tau: float | None, contrib: str) -> torch.Tensor:
+    """The experts that a client sends, bool, of the shape (..., E) of ``usage``; ``tau`` ``None`` is 1 / E.
+
+    ``updated`` may be ``None`` with ``contrib`` ``usage``, which does not look at it.
+    """
     qualified = usage >= (1 / usage.shape[-1] if tau is None else tau)
     if contrib == "usage":
         return qualified
+    assert updated is not None
     return updated.bool() & qualified if contrib == "both" else updated.bool()
 
 
@@ -250,6 +265,31 @@ class HFedMoE(FedAvg):
         # Only then do clients keep anything: a state for nothing would be a file a client and round.
         self.keeps_client_state = config.ema > 0  # type: ignore[misc]
 
+    @property
+    def bounds_experts(self) -> bool:
+        """Where drop_negative leaves experts out, whatever the budget."""
+        return self.config.drop_negative
+
+    def check_training(self, spec: TrainSpec) -> None:
+        """An expert that is not active has no gradient, and is not to move all the same."""
+        super().check_training(spec)
+        if spec.weight_decay > 0:
+            raise ValueError(
+                f"training.weight_decay is {spec.weight_decay:g}, which moves experts that are not active, too; set it to 0"
+            )
+
+    def check_run(self, *, rounds: int, has_budgets: bool) -> None:
+        """How experts are ranked, and what the others do, needs something that leaves experts out."""
+        super().check_run(rounds=rounds, has_budgets=has_budgets)
+        if has_budgets or self.bounds_experts:
+            return
+        idle = {"rank_by", "beta", "backward"} | (set() if self.config.weighs_gates else {"lam"})
+        if stated := sorted(idle & self.config.model_fields_set):
+            raise ValueError(
+                f"{', '.join(stated)} has no effect without federation.budgets, where every expert of a batch is active; remove "
+                "it, or set budgets"
+            )
+
     # The server's half.
 
     def task(self, state: ServerState, task: ClientTask) -> ClientTask:
@@ -259,11 +299,12 @@ class HFedMoE(FedAvg):
     def weigh(self, state: ServerState, updates: Sequence[ClientUpdate]) -> Weights:
         """Weigh an expert by the examples of those who contribute to it, a router by alpha, everything else by examples.
 
-        Replies without counts, which no client of this method sends, are weighed by examples alone.
+        Raises:
+            UpdateError: A reply lacks its counts.
         """
         weights = super().weigh(state, updates)
-        if any(USAGE not in update.statistics for update in updates):
-            return weights
+        for name in self._sent_counts:
+            stack_statistic(updates, name)
         contributes_CLE = torch.stack([self._contributes(update.statistics) for update in updates])
         alphas_CL = self._alphas(updates)
         if self.config.normalise:
@@ -292,9 +333,14 @@ class HFedMoE(FedAvg):
                 params[ref.key] = (sums_L[self._place(ref)] * mean).to(params[ref.key].dtype)
         return replace(new, params=params)
 
+    @property
+    def _sent_counts(self) -> tuple[str, ...]:
+        """Statistics of a reply: who was active only where that decides what is sent."""
+        return (USAGE, IMPORTANCE) if self.config.contrib == "usage" else (USAGE, IMPORTANCE, UPDATED)
+
     def _contributes(self, statistics: Params) -> torch.Tensor:
         """(L, E) bool, on either side of the wire: both see the same float32 values."""
-        return contributing(statistics[USAGE], statistics[UPDATED], self.config.tau, self.config.contrib)
+        return contributing(statistics[USAGE], statistics.get(UPDATED), self.config.tau, self.config.contrib)
 
     def _alphas(self, updates: Sequence[ClientUpdate]) -> torch.Tensor:
         """alpha (C, L), as printed."""
@@ -349,13 +395,13 @@ class HFedMoE(FedAvg):
         return [key for key in keys if key not in left_out]
 
     def reply(self, session: Session, update: ClientUpdate) -> tuple[ClientUpdate, Params]:
-        """Send usage, importance and who was active; note both sets, and the norm of the router that came."""
-        statistics: Params = {key: session.scratch[key] for key in (USAGE, IMPORTANCE, UPDATED)}
+        """Send usage, importance and, if it decides, who was active; note both sets, and the norm of the router that came."""
+        statistics: Params = {key: session.scratch[key] for key in self._sent_counts}
         tally: _Tally = session.scratch[_TALLY]
         tau, layers = self.config.tau, session.engine.facts.layers
         notes = {
             "layers": list(layers),
-            "qualified": _listed(contributing(statistics[USAGE], statistics[UPDATED], tau, "usage")),
+            "qualified": _listed(contributing(statistics[USAGE], None, tau, "usage")),
             "updated": _listed(tally.updated_LE),
             "sent": _listed(self._contributes(statistics)),
             "most_active": tally.most_active_L.tolist(),

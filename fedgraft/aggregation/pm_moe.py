@@ -16,12 +16,13 @@ kept.
 Stated by the authors' code: stage 2 without EDM, gate, top-k without renormalising, what is locked. Only the abstract speaks of
 EDM, so all of it is reconstructed. Ours as well: the expert is a LoRA on all attention maps, and mixing adds weighted LoRA
 updates inside the model; the gate sees z, the mean over the prompt's tokens of the frozen base's last hidden state
-(``embedding``), never a response, and gives an example's tokens the same weights; stages are counted in rounds of the run, half
-and half (a run of one round has stage 1 only); everybody publishes, and everybody learns a gate in every round of stage 2, unless
-``stage2_cohort: drawn``. A client that did not publish is no expert for others and still its own; one that was never drawn in
-stage 1 has an untrained module, which does nothing. The source's own rate for the gate is 10 to 100 times the base's with plain
-SGD, but its code leaves it at 1 for most base methods, and so does the default here. Only the last round's score counts: the
-authors' code reports the best over evaluations on test data before and after fine-tuning, which cannot fall below stage 1's.
+(``embedding``), never a response, and gives an example's tokens the same weights (general text without prompts has a z of
+zeros, and gets what the gate's biases say); stages are counted in rounds of the run, half and half (a run of one round has
+stage 1 only); everybody publishes, and everybody learns a gate in every round of stage 2, unless ``stage2_cohort: drawn``. A
+client that did not publish is no expert for others and still its own; one that was never drawn in stage 1 has an untrained
+module, which does nothing. The source's own rate for the gate is 10 to 100 times the base's with plain SGD, but its code leaves
+it at 1 for most base methods, and so does the default here. Only the last round's score counts: the authors' code reports the
+best over evaluations on test data before and after fine-tuning, which cannot fall below stage 1's.
 """
 
 from __future__ import annotations
@@ -84,13 +85,19 @@ class PmMoeConfig(MethodConfig):
         AdapterConfig(), description="The averaged LoRA on attention; its scale holds for modules too."
     )
     private_rank: int | None = Field(None, ge=1, le=4096, description="Rank of the private modules; null: the adapter's.")
-    private_lr_scale: float = Field(1.0, gt=0, le=1000, description="The private module's learning rate over the shared one's.")
+    private_lr_scale: float = Field(
+        1.0, gt=0, le=1000, description="The private modules' learning rate over the shared LoRA's, also that of unlocked copies."
+    )
     num_experts: int = Field(
         16, ge=1, le=1000, description="Places for modules on a client, one for each client of the population at least."
     )
     top_k: int = Field(2, ge=1, le=1000, description="Modules that an example uses (k).")
     stage1_fraction: float = Field(0.5, gt=0, lt=1, description="Share of the rounds that stage 1 takes.")
-    stage1_rounds: int | None = Field(None, ge=1, description="Rounds of stage 1, in the place of a share.")
+    stage1_rounds: int | None = Field(
+        None,
+        ge=1,
+        description="Rounds of stage 1, in the place of a share; a run or rate search that is not longer leaves one for stage 2.",
+    )
     stage2_cohort: Literal["all", "drawn"] = Field(
         "all",
         description="Who publishes, and who learns a gate in a round of stage 2: every client, or the cohort that was drawn.",
@@ -204,10 +211,10 @@ class PmMoe(Method):
         return PRIVATE if ref.part == _GATE or ref.adapter == _OWN else SHARED
 
     def lr_scale(self, ref: ParamRef) -> float:
-        """Gate and private module may have rates of their own."""
+        """Gate and modules, one's own and the copies, may have rates of their own."""
         if ref.part == _GATE:
             return self.config.gate_lr_scale
-        return self.config.private_lr_scale if ref.adapter == _OWN else 1.0
+        return self.config.private_lr_scale if ref.adapter == _OWN or ref.part == "mixture" else 1.0
 
     # ---- the server
 
@@ -215,17 +222,12 @@ class PmMoe(Method):
         """The averaged LoRA.
 
         Raises:
-            MethodError: There are more clients than places, or stage 1 leaves no round for stage 2.
+            MethodError: There are more clients than places.
         """
         if num_clients > self.config.num_experts:
             raise MethodError(
                 f"pm_moe has places for {self.config.num_experts} modules, and there are {num_clients} clients",
                 f"set num_experts to {num_clients} or more",
-            )
-        if self.config.stage1_rounds is not None and self.config.stage1_rounds >= self.federation.rounds:
-            raise MethodError(
-                f"pm_moe: stage1_rounds is {self.config.stage1_rounds}, and the run has {self.federation.rounds} rounds",
-                "leave at least one round for stage 2",
             )
         return ServerState(params=params, notes={"holders": []})
 

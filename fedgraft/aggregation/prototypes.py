@@ -36,22 +36,37 @@ def in_common_regions(found: Prototypes, before_LERD: torch.Tensor | None) -> tu
 def region_middles(found: Prototypes, before_LERD: torch.Tensor | None) -> torch.Tensor:
     """Centroids of the coming round, (L, E, R, D) float32: k-means over all clients' means, then one Lloyd's step a round.
 
+    Centroids of which some repeat another are no R regions yet (no client had tokens on the expert, or too few different
+    ones), and Lloyd's steps would not part them: k-means is run again on the means of the clients that have tokens now, and
+    taken if it gives no fewer different centroids than there were.
+
     Args:
         found: The clients' prototypes; regions correspond to ``before_LERD``, or to nothing where there is none yet.
         before_LERD: The centroids that the clients used.
     """
-    num_clients, num_layers, num_experts, num_regions, hidden = found.inputs.shape
+    _, num_layers, num_experts, num_regions, _ = found.inputs.shape
     if before_LERD is None:
-        points = found.inputs.permute(1, 2, 0, 3, 4).reshape(num_layers, num_experts, num_clients * num_regions, hidden)
-        weights = found.counts.permute(1, 2, 0, 3).reshape(num_layers, num_experts, num_clients * num_regions)
-        rows = [
-            torch.stack([k_means(points[at, e], weights[at, e], num_regions) for e in range(num_experts)])
-            for at in range(num_layers)
-        ]
+        rows = [torch.stack([_cut(found, at, expert) for expert in range(num_experts)]) for at in range(num_layers)]
         return torch.stack(rows)
     size = found.counts.double().sum(dim=0)[..., None]
     mean = (found.counts.double()[..., None] * found.inputs.double()).sum(dim=0) / size.clamp_min(1)
-    return torch.where(size > 0, mean, before_LERD.double()).float()
+    middles = torch.where(size > 0, mean, before_LERD.double()).float()
+    for at, expert in (size > 0).any(dim=2)[..., 0].nonzero().tolist():
+        num_known = _num_different(before_LERD[at, expert])
+        if num_known < num_regions and _num_different(again := _cut(found, at, expert)) >= num_known:
+            middles[at, expert] = again
+    return middles
+
+
+def _cut(found: Prototypes, layer: int, expert: int) -> torch.Tensor:
+    """Centroids of all clients' means on one expert, (R, D) float32."""
+    inputs_CRD, counts_CR = found.inputs[:, layer, expert], found.counts[:, layer, expert]
+    return k_means(inputs_CRD.flatten(0, 1), counts_CR.flatten(), counts_CR.shape[1])
+
+
+def _num_different(centroids_RD: torch.Tensor) -> int:
+    repeats_R = (centroids_RD[:, None] == centroids_RD[None]).all(dim=-1).tril(-1).any(dim=1)  # equal to an earlier one
+    return int((~repeats_R).sum())
 
 
 def match_regions(found: Prototypes, centroids_LERD: torch.Tensor) -> Prototypes:

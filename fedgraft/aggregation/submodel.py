@@ -23,11 +23,11 @@ __all__ = [
     "Held",
     "Trial",
     "adjust",
-    "coverage_of",
     "expected_activation",
     "held_by_layer",
     "judge",
     "most_similar",
+    "partial_assignment",
     "randomised",
     "reach",
     "recommend",
@@ -41,6 +41,9 @@ __all__ = [
 Held: TypeAlias = tuple[tuple[int, ...], ...]
 """Experts that a client holds, ascending, one entry a MoE layer in the model's order."""
 
+_ROUNDING = 1e-7
+"""How far shares may be off: they travel as float32, and seven of ten choices are a little less than 0.7 there."""
+
 _TOO_MANY = 1 << 62
 """Stands for a prefix that does not exist: no budget holds so many experts."""
 
@@ -51,12 +54,12 @@ def held_by_layer(facts: ModelFacts, assignment: Assignment | None) -> Held:
     return tuple((assignment or {}).get(layer, every) for layer in facts.layers)
 
 
+def partial_assignment(facts: ModelFacts, held: Held) -> Assignment:
+    """What a sub-model lacks something of, by layer: a layer that is held as a whole needs no mask."""
+    return {layer: experts for layer, experts in zip(facts.layers, held, strict=True) if len(experts) < facts.num_experts}
+
+
 # ---- the first sub-model
-
-
-def coverage_of(p_LE: torch.Tensor, held: Held) -> float:
-    """Least share of a layer's choices that the held experts cover: the theta that a sub-model reaches."""
-    return min(float(p_E[list(experts)].sum()) for p_E, experts in zip(p_LE.double(), held, strict=True))
 
 
 def water_fill(p_LE: torch.Tensor, *, count: int, least: int) -> Held:
@@ -119,11 +122,11 @@ def reach(p_LE: torch.Tensor, theta: float, *, least: int) -> Held:
 
     Args:
         p_LE: Shares, >= 0.
-        theta: Coverage, in (0, 1].
+        theta: Coverage, in (0, 1]; reached up to what float32 shares are rounded by.
         least: Fewest experts of a layer, >= 1.
     """
     order_LE, sums_LE = _ranked(p_LE, count=p_LE.numel(), least=least)
-    return _prefixes(order_LE, [_shortest(sums_E, min(theta, float(sums_E[-1])), least) for sums_E in sums_LE])
+    return _prefixes(order_LE, [_shortest(sums_E, min(theta - _ROUNDING, float(sums_E[-1])), least) for sums_E in sums_LE])
 
 
 def randomised(held: Held, num_experts: int, seed: int) -> Held:

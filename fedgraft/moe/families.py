@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fedgraft.errors import ModelError
-from fedgraft.moe.routing import RoutingRule, choose_experts, expert_probabilities, routed_scale
+from fedgraft.moe.routing import RoutingRule, choose_experts, configured_groups, expert_probabilities, routed_scale
 from fedgraft.moe.sharding import full_shape
 from fedgraft.types import ModelFacts, Projection
 
@@ -194,6 +194,7 @@ def model_facts(config: Any) -> ModelFacts:
         num_shared_experts=int(shared or 0),
         has_expert_bias=family.has_expert_bias,
         has_router_bias=family.has_router_bias,
+        num_groups=configured_groups(config, family.rule),
     )
 
 

@@ -9,7 +9,7 @@ Shape letters: T tokens, E experts, K top-k, G groups of experts.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ __all__ = [
     "check_experts_left",
     "choose_among",
     "choose_experts",
+    "configured_groups",
     "expert_probabilities",
     "num_groups",
     "routed_scale",
@@ -112,6 +113,14 @@ def num_groups(router: nn.Module) -> int:
     if getattr(router, "topk_method", "group_limited_greedy") == "greedy":
         return 1
     return int(getattr(router, "num_group", None) or 1)
+
+
+def configured_groups(config: Any, rule: RoutingRule) -> int:
+    """Count the groups that the routers of an HF config will have, as ``num_groups`` does once they are built."""
+    # A sigmoid router has no method to choose: DeepSeek-V3's always goes by groups.
+    if rule != "sigmoid" and getattr(config, "topk_method", "greedy") == "greedy":
+        return 1
+    return int(getattr(config, "n_group", None) or 1)
 
 
 def check_experts_left(router: nn.Module, rule: RoutingRule, num_experts: int, masked: Collection[int], top_k: int) -> None:

@@ -7,8 +7,9 @@ Both resources are taken as linear in the number of experts e that a client hold
 and e is the largest whole number that keeps to every limit that is set. Memory counts weights in the base's format, float32
 LoRA, gradients, and AdamW's two moments; activations, caches and the process are not in it (``fedgraft.platform.memory`` counts
 those of a replica). FLOPs are those of a round of local training, as the plan counts them; an expert costs what the tokens cost
-that even routing over all E experts would send to it, top-k / E of them. Where a method only trains fewer experts and holds all,
-weights and passes of all experts are in the fixed part.
+that even routing over all E experts would send to it, top-k / E of them. Where a method holds all experts and
+only trains fewer in a step, weights and passes of all are in the fixed part, and so are the moments of all: an expert that was
+active in one step keeps its moments in the others.
 """
 
 from __future__ import annotations
@@ -61,13 +62,15 @@ class BudgetCost:
         return self.fixed_flops + experts * self.expert_flops
 
 
-def flops_per_token(active: int, trained: int, *, is_training: bool) -> int:
+def flops_per_token(active: int, trained: int, *, own: int = 0, is_training: bool) -> int:
     """Count a token's FLOPs: 2 active forward; training adds 2 active for activations' gradients and 6 trained for slots.
 
     A frozen weight costs 2 forward and 2 backward (it passes the gradient on, but needs none itself); a trained value costs
-    2 forward, 2 backward and 2 for its own gradient. ``trained`` counts the values that a token passes through.
+    2 forward, 2 backward and 2 for its own gradient. ``trained`` counts the values that a token passes through; ``own`` of them
+    are weights of the model itself, trained in full, which ``active`` counts as well.
     """
-    return 4 * active + 6 * trained if is_training else 2 * (active + trained)
+    frozen = active - own
+    return 4 * frozen + 6 * trained if is_training else 2 * (frozen + trained)
 
 
 def tokens_per_example(data: DataConfig) -> int:
@@ -88,20 +91,22 @@ def cost_of(model: ModelPlan, slots: SlotSizes, *, num_moments: int, tokens: int
         slots: The method's.
         num_moments: Tensors that the optimiser keeps beside each trained one: 2 for AdamW, 0 for SGD without momentum.
         tokens: Of a round of local training: steps x examples x tokens of an example.
-        use: ``trains``: a client holds all experts and trains some; else it holds some.
+        use: ``trains``: a client holds all experts and moments of all, and some have a gradient in a step; else it holds some.
     """
     facts = model.facts
     routed = facts.num_routed_values
     kept = model.itemsize * routed + _WIDE * slots.expert_lora  # what holding all experts takes
-    state = (1 + num_moments) * (_WIDE * slots.expert_wide + model.itemsize * slots.expert_full)
+    gradient = _WIDE * slots.expert_wide + model.itemsize * slots.expert_full
     total = model.weight_bytes + _WIDE * (slots.lora + slots.graft)
     total += (1 + num_moments) * (_WIDE * slots.trained_wide + model.itemsize * slots.trained_full)
-    bounded = state if use == "trains" else kept + state
+    bounded = gradient if use == "trains" else kept + (1 + num_moments) * gradient
 
     active, trained = routed * facts.top_k / facts.num_experts, slots.expert_wide + slots.expert_full
-    gradients = 6 * trained * facts.top_k / facts.num_experts
-    flops = tokens * (gradients if use == "trains" else 4 * active + gradients)
-    whole = tokens * flops_per_token(model.active_parameters, slots.active, is_training=True)
+    share = facts.top_k / facts.num_experts
+    # Who holds all experts saves an expert's own gradient alone: tokens pass through it, and back, all the same.
+    per_token = 2 * trained * share if use == "trains" else 4 * (active - slots.expert_full * share) + 6 * trained * share
+    flops = tokens * per_token
+    whole = tokens * flops_per_token(model.active_parameters, slots.active, own=slots.active_own, is_training=True)
     return BudgetCost(
         fixed_bytes=total - bounded,
         expert_bytes=bounded // facts.num_experts,

@@ -263,13 +263,13 @@ class RunConfig(_Frozen):
             )
         for label, method in self.methods().items():
             is_spread = engine.name == "deepspeed" and (engine.zero_stage == 3 or (engine.expert_parallel_size or 1) > 1)
-            if is_spread and METHODS.get(method.name).needs_whole_model:
+            if is_spread and METHODS.build(method).needs_whole_model:  # options may decide
                 raise ValueError(
                     f"{label} looks into MoE blocks while they run, which neither ZeRO stage 3 nor expert parallelism allow; "
                     "set engine.stage to 0, 1 or 2 and engine.expert_parallel_size to 1"
                 )
             is_cut = engine.world_size > 1 or engine.gradient_accumulation_steps > 1 or engine.on_out_of_memory == "halve"
-            if is_cut and METHODS.get(method.name).uses_batch_statistics:
+            if is_cut and METHODS.build(method).uses_batch_statistics:
                 raise ValueError(
                     f"{label} uses statistics of whole batches: set engine.world_size and engine.gradient_accumulation_steps "
                     "to 1 and engine.on_out_of_memory to fail"
@@ -277,12 +277,15 @@ class RunConfig(_Frozen):
         return self
 
     @model_validator(mode="after")
-    def _optimizer_has_moments(self) -> Self:
+    def _methods_fit_the_rest(self) -> Self:
+        federation = self.federation
         for label, method in self.methods().items():
             if self.training.optimizer == "sgd" and METHODS.get(method.name).is_centralised:
                 raise ValueError(f"{label} trains with adamw only; set training.optimizer: adamw")
+            built = METHODS.build(method)
             try:
-                METHODS.build(method).check_training(self.training.spec())
+                built.check_training(self.training.spec())
+                built.check_run(rounds=federation.rounds, has_budgets=federation.budgets is not None)
             except ValueError as error:
                 raise ValueError(f"{label}: {error}") from None
         return self

@@ -271,17 +271,21 @@ def _personal(
     """What is loaded over the start values: the server's tensors, then the client's own."""
     known = {ref.key for ref in refs}
     params = {key: value for key, value in checkpoint.state.params.items() if key in known}
-    private = [ref.key for ref in refs if method.group(ref) == PRIVATE]
-    if client is None or not private:
+    groups = {ref.key: method.group(ref) for ref in refs}
+    if client is None or not method.is_personal(groups):
         return params
-    if client not in checkpoint.versions:
-        trained = ", ".join(str(each) for each in sorted(checkpoint.versions))
+
+    def own_of(each: int) -> Params:
+        state = store.read(each, checkpoint.versions[each]) if each in checkpoint.versions else {}
+        return {key: value for key, value in state.items() if groups.get(key) == PRIVATE} | method.own_values(state)
+
+    if not (own := own_of(client)):
+        trained = ", ".join(str(each) for each in sorted(checkpoint.versions) if own_of(each)) or "there is none"
         raise CheckpointError(
-            f"client {client} has not trained in {folder} up to round {checkpoint.round_idx}, so it has no model of its own",
+            f"client {client} has not trained for itself in {folder} up to round {checkpoint.round_idx}: it has no own model",
             f"name one that has: {trained}; or export the global model, without --client",
         )
-    state = store.read(client, checkpoint.versions[client])
-    return params | {key: state[key] for key in private if key in state}
+    return params | own
 
 
 def _load(model: nn.Module, refs: tuple[ParamRef, ...], params: Params) -> None:

@@ -63,7 +63,8 @@ class SlotSizes:
 
     ``trained_*`` leave out what the method tags frozen. ``sent`` may leave the client, ``private`` stays, ``persisted`` are
     those whose moments are kept between rounds. ``merged`` are the base's values under a LoRA over fused experts, whose sum with
-    it PEFT builds anew in every pass. ``active`` are the trained and frozen values that one token passes through. ``expert_*``
+    it PEFT builds anew in every pass. ``active`` are the slots' values that one token passes through, ``active_own`` those of them
+    that are weights of the model itself. ``expert_*``
     are the slots of all routed experts together: ``expert_lora`` values of LoRA over them, and of those and of experts trained in
     full what trains (``expert_wide``, ``expert_full``).
     """
@@ -80,6 +81,7 @@ class SlotSizes:
     persisted: int = 0
     merged: int = 0
     active: int = 0
+    active_own: int = 0
     expert_lora: int = 0
     expert_wide: int = 0
     expert_full: int = 0
@@ -147,7 +149,7 @@ def size_slots(method: Method, hf_config: Any, dtype: str, facts: ModelFacts) ->
     by_group: dict[str, int] = {}
     names = ("lora", "graft", "full", "trained_wide", "trained_full", "sent", "private", "persisted")
     count = dict.fromkeys((*names, "expert_lora", "expert_wide", "expert_full"), 0)
-    active = 0.0
+    active = active_own = 0.0
     for ref in refs:
         group, size = method.group(ref), ref.num_elements
         by_group[str(group.kind)] = by_group.get(str(group.kind), 0) + size
@@ -161,7 +163,9 @@ def size_slots(method: Method, hf_config: Any, dtype: str, facts: ModelFacts) ->
         if ref.part == "experts":
             count["expert_lora"] += size * (kind == "lora")
             count["expert_full" if kind == "full" else "expert_wide"] += size * (group != FROZEN)
-        active += size * (facts.top_k / facts.num_experts if ref.part == "experts" else 1.0)
+        passed = size * (facts.top_k / facts.num_experts if ref.part == "experts" else 1.0)
+        active += passed
+        active_own += passed * (kind == "full")
     wide = torch.float32.itemsize  # what is trained is sent as float32, whatever the base is
     has_merged = any("experts" in adapter.targets for adapter in slots.adapters)
     return SlotSizes(
@@ -171,6 +175,7 @@ def size_slots(method: Method, hf_config: Any, dtype: str, facts: ModelFacts) ->
         ),
         merged=facts.num_routed_values if has_merged else 0,
         active=round(active),
+        active_own=round(active_own),
         **count,
     )
 

@@ -190,13 +190,16 @@ class RoundLoop:
         )
 
     def _note_budgets(self, *, is_new: bool, rounds: int) -> None:
-        """Write the clients' budgets down, and say so where the method does not use them.
+        """Write the clients' budgets down; say so where the method does not use them, and where it would and there are none.
 
         Raises:
             CheckpointError: The run was begun with other budgets.
         """
-        job = self._job
+        job, method = self._job, self._method
+        is_to_say = is_new and rounds > 0 and job.purpose == "run"
         if not job.budgets:
+            if is_to_say and method.budget_use != "none" and not method.bounds_experts:
+                self._note("no budgets are set: every client holds and trains all experts")
             return
         found = [asdict(budget) for budget in job.budgets]
         before = self._folder.read_info().get("budgets", found)
@@ -205,10 +208,12 @@ class RoundLoop:
                 f"{job.label} was begun with other budgets of its clients",
                 "put the device profile back as it was, or start a new run",
             )
-        self._folder.write_info(budget_use=self._method.budget_use, budgets=found)
-        if self._method.budget_use == "none" and is_new and rounds:
-            text = f"{self._method.name} does not use budgets: every client holds and trains everything"
-            self._emit(Event(kind="note", label=job.label, data={"text": text}))
+        self._folder.write_info(budget_use=method.budget_use, budgets=found)
+        if is_to_say and method.budget_use == "none":
+            self._note(f"{method.name} does not use budgets: every client holds and trains everything")
+
+    def _note(self, text: str) -> None:
+        self._emit(Event(kind="note", label=self._job.label, data={"text": text}))
 
     def _first_state(self) -> ServerState:
         """The state before round 1; what comes trained from elsewhere is kept as a checkpoint at once."""

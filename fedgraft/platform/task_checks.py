@@ -165,6 +165,13 @@ def _check_assignment(whose: str, assignment: Assignment | None, federation: Fed
                 f"{whose} assigns {len(held)} experts of layer {layer}, and a token needs {facts.top_k}",
                 f"assign at least {facts.top_k} in every layer",
             )
+        if facts.num_groups > 1 and len(held) < facts.num_experts:
+            # Groups are scored by their best experts, so a missing one changes which groups are open to a token.
+            raise MethodError(
+                f"{whose} assigns {len(held)} of {facts.num_experts} experts of layer {layer}, and the routers of this "
+                f"{facts.family} model choose among {facts.num_groups} groups of experts first (n_group)",
+                "let every client hold all experts, or take a model whose routers choose without groups",
+            )
 
 
 def check_weights(weights: Weights, num_updates: int) -> None:

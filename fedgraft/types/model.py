@@ -138,7 +138,8 @@ class ModelFacts:
 
     ``layers`` are the model's own indices of its MoE layers, ascending; ``num_layers`` counts dense ones as well.
     ``attention`` lists the projections of one decoder layer (all layers have the same). ``norm_topk_prob`` says whether the
-    weights of a token's chosen experts are divided by their sum.
+    weights of a token's chosen experts are divided by their sum. ``num_groups`` is how many groups a router limits its choice to;
+    1 where it chooses among all experts of a layer.
     """
 
     family: str
@@ -153,6 +154,7 @@ class ModelFacts:
     num_shared_experts: int = 0
     has_expert_bias: bool = False
     has_router_bias: bool = False
+    num_groups: int = 1
 
     @property
     def expert_elements(self) -> int:

@@ -35,7 +35,7 @@ def _graft_choices(subject: Subject) -> tuple[list[str], list[Table]]:
     tables: list[Table] = []
     for label, runs in subject.trained.items():
         entries = _diagnostics(runs[0], "graft_choice")
-        if not entries:
+        if not entries or "experts" not in entries[0][1]:  # grafts may be no expert's copy
             continue
         layers = [int(layer) for layer in entries[0][1]["layers"]]
         clients = [client for client, _ in entries]
@@ -237,7 +237,9 @@ def _layers(run: RunResult, count: int) -> list[int]:
 
 
 def _chosen_loss(values: Mapping[str, Any], layer: int, chosen: list[int]) -> float:
-    """Give the chosen experts' mean loss; ``loss`` may list all experts of a layer or the chosen ones."""
+    """Give the chosen experts' mean loss, NaN without any; ``loss`` may list all experts of a layer or the chosen ones."""
+    if not chosen:
+        return math.nan
     losses = _as_list(values["loss"][layer])
     if len(losses) > len(chosen):
         losses = [losses[expert] for expert in chosen]

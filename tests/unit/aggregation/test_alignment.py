@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fedgraft.aggregation.alignment import (
     routing_loss,
     semantic_similarity,
 )
-from fedgraft.aggregation.cohort import align_experts, remember, since_last
+from fedgraft.aggregation.cohort import align_experts, examples_per_probe, remember, since_last
 from fedgraft.aggregation.prototypes import Prototypes, in_common_regions, match_regions, region_middles
 
 
@@ -47,14 +48,22 @@ def test_agreement_is_one_minus_the_jensen_shannon_divergence_in_bits() -> None:
 
 def test_consistency_weights_follow_the_formula_and_sum_to_one() -> None:
     p, h = shares(5, 2, 4), torch.rand(5, 2, 4, generator=torch.Generator().manual_seed(3))
-    found = consistency_weights(p, h, 0.1)
-    score = torch.exp(-(p - p.median(dim=0).values).abs() / 0.1) * h  # an odd number: the median is a client's
+    found = consistency_weights(p, h, 0.4)
+    score = torch.exp(-(p - p.median(dim=0).values).abs() / 0.1) * h  # T is in quarters; of an odd number the median is one
     torch.testing.assert_close(found, score / score.sum(dim=0), rtol=1e-12, atol=0)
     torch.testing.assert_close(found.sum(dim=0), torch.ones(2, 4, dtype=torch.float64))
     # The client that routes as the others do counts more than the outlier, however small T is.
     p = torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]], [[0.9, 0.1]]])
     sharp = consistency_weights(p, torch.ones(3, 1, 2), 1e-6)
     assert sharp[:, 0, 0].tolist() == [0.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("num_experts", [4, 60])
+def test_the_temperature_means_the_same_for_few_experts_and_for_many(num_experts: int) -> None:
+    p = torch.full((3, 1, num_experts), 1 / num_experts, dtype=torch.float64)
+    p[2, 0, :2] = torch.tensor([2.0, 0.0]).double() / num_experts  # one client uses an expert twice as much as it would by chance
+    omega = consistency_weights(p, torch.ones_like(p), 1.0)[:, 0, 0]
+    assert omega.tolist() == pytest.approx([1 / (2 + math.exp(-1))] * 2 + [math.exp(-1) / (2 + math.exp(-1))], rel=1e-12)
 
 
 def test_equal_clients_are_equally_consistent_and_so_are_hopeless_ones() -> None:
@@ -230,6 +239,20 @@ def test_equal_clients_are_weighed_by_their_tokens() -> None:
     assert found.summary((0,))["0"] == {"similarity": pytest.approx(1.0), "aligned": 1.0}
 
 
+def test_a_client_is_weighed_by_all_its_examples_and_not_by_those_it_measured() -> None:
+    """Three clients route alike; of 8 and 200 examples 4 are measured, of 2 both."""
+    updates = [SimpleNamespace(num_examples=size) for size in (8, 200, 2)]
+    scale = examples_per_probe(updates, 4)  # type: ignore[arg-type]
+    assert scale.tolist() == [2, 50, 1]
+    vectors, counts = drawn(1, 1, 6).expand(3, 1, 6), [[12.0], [12.0], [6.0]]
+    found = align_experts(one_expert(counts, vectors, vectors), 0.3, 0.3, scale)
+    torch.testing.assert_close(found.majority(0, 0), torch.tensor([8, 200, 2]).double() / 210, rtol=1e-12, atol=0)
+    assert int(found.anchor) == 1  # equals, of which this one stands for most tokens
+    same = align_experts(one_expert(counts, vectors, vectors), 0.3, 0.3)
+    assert torch.equal(found.sigma, same.sigma)
+    assert same.majority(0, 0).tolist() == pytest.approx([0.4, 0.4, 0.2])
+
+
 # ---- a toy federation
 
 
@@ -308,6 +331,39 @@ def test_known_regions_move_to_their_tokens_mean_and_stay_where_there_are_none()
     assert region_middles(found, before).flatten().tolist() == [2.0, 7.0]
     same, _ = in_common_regions(found, before)
     assert same is found
+
+
+def test_regions_are_made_anew_where_the_first_cohort_had_no_token() -> None:
+    nobody = one_expert([[0, 0]] * 3, torch.zeros(3, 2, 1), torch.zeros(3, 2, 1))
+    _, middles = in_common_regions(nobody, None)
+    assert middles.flatten().tolist() == [0, 0]
+    _, middles = in_common_regions(nobody, middles)
+    assert middles.flatten().tolist() == [0, 0]
+    # Equal centroids: every token is in the first region. Means 1 (three tokens) and 3 (one) lie together, 11 apart.
+    inputs = torch.tensor([[[1.0], [0.0]], [[3.0], [0.0]], [[11.0], [0.0]]])
+    _, middles = in_common_regions(one_expert([[3, 0], [1, 0], [2, 0]], inputs, inputs), middles)
+    assert sorted(middles.flatten().tolist()) == [1.5, 11.0]
+    # From then on Lloyd's steps: a second k-means over 0, 1 and 100 would put 0 and 1 together.
+    before = middles.sort(dim=2).values
+    inputs = torch.tensor([[[0.0], [100.0]], [[0.0], [1.0]]])
+    moved = region_middles(one_expert([[2, 1], [0, 1]], inputs, inputs), before)
+    assert moved.flatten().tolist() == [0.0, 50.5]
+
+
+def test_only_experts_with_repeated_regions_are_cut_again_and_lose_none_by_it() -> None:
+    before = torch.tensor([[0.0, 6.0, 6.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])[None, :, :, None]
+    counts = torch.zeros(2, 1, 4, 3)
+    inputs = torch.zeros(2, 1, 4, 3, 1)
+    counts[0, 0, 0, 0], inputs[0, 0, 0, 0] = 4, 1.0  # two different regions before, and one mean: no more is known now
+    counts[:, 0, 1, 0], inputs[:, 0, 1, 0, 0] = torch.tensor([1.0, 3.0]), torch.tensor([5.0, 9.0])  # one before, two means
+    found = Prototypes(counts=counts, inputs=inputs, responses=None)
+    moved = region_middles(found, before)[0, :, :, 0]
+    assert moved[0].tolist() == [1.0, 6.0, 6.0]
+    assert set(moved[1].tolist()) == {5.0, 9.0}
+    assert moved[2:].tolist() == [[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]  # nobody has a token on these
+    # A third mean makes the first expert's regions three.
+    counts[1, 0, 0, :2], inputs[1, 0, 0, :2, 0] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 7.0])
+    assert sorted(region_middles(found, before)[0, 0, :, 0].tolist()) == [1.0, 3.0, 7.0]
 
 
 def test_shares_are_remembered_by_client_and_compared_when_it_comes_back() -> None:

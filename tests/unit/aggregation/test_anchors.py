@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from fedgraft.aggregation.anchors import cluster_anchors, farthest_first, label_anchors, split_cohort
+from fedgraft.aggregation.anchors import cluster_anchors, draw_order, farthest_first, label_anchors, split_cohort
+from fedgraft.errors import MethodError
 
 
 def test_anchors_have_disjoint_labels_where_such_clients_exist() -> None:
@@ -26,6 +27,26 @@ def test_anchors_have_disjoint_labels_where_such_clients_exist() -> None:
     assert len(set(label_anchors(labels, 6))) == 6
     # Amounts do not matter, shares do.
     assert label_anchors([{name: 7 * count for name, count in each.items()} for each in labels], 3) == chosen
+
+
+def test_a_mixed_client_is_no_anchor_while_equally_far_ones_have_one_label() -> None:
+    labels = [{"a": 4}, {"b": 1, "c": 1}, {"b": 5}, {"d": 1, "c": 3}, {"c": 2}]
+    # All but client 0 are as far from it as can be; client 1, the first of them, would stand between b and c.
+    assert label_anchors(labels, 3) == (0, 2, 4)
+    assert farthest_first(torch.ones(3, 3) - torch.eye(3), 2, 0, prefer_S=torch.tensor([0.0, 0.5, 0.9])) == (0, 2)
+
+
+def test_labels_that_tell_nobody_apart_are_refused() -> None:
+    for labels in ([{"all": 4}] * 3, [{}] * 3):
+        with pytest.raises(MethodError, match="by labels, and the data has fewer than two"):
+            label_anchors(labels, 2)
+
+
+def test_a_draw_depends_on_who_is_drawn_from_and_not_on_their_order() -> None:
+    orders = {tuple(draw_order((7, 2, 5, 9), seed)) for seed in range(50)}
+    assert orders == {tuple(draw_order((9, 5, 7, 2), seed)) for seed in range(50)}
+    assert all(sorted(order) == [2, 5, 7, 9] for order in orders)
+    assert len(orders) > 12
 
 
 def test_farthest_first_takes_who_is_farthest_from_the_nearest() -> None:

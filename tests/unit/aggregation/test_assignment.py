@@ -18,6 +18,7 @@ from fedgraft.aggregation.assignment import (
     choose_best,
     choose_exactly,
     coefficient_of_variation,
+    draw_orders,
     load_bounds,
 )
 from fedgraft.errors import MethodError
@@ -124,6 +125,11 @@ def test_bounds_that_do_not_bind_leave_the_greedy_choice_also_among_equals() -> 
         free = load_bounds(counts, 5, 1e9)
         assert (free.lower, free.upper) == ((0,) * 5, (6,) * 5)
         assert torch.equal(choose_exactly(score, rows=CountBounds.exactly(counts), columns=free), choose_best(score, counts))
+        order = draw_orders(5, range(6))
+        assert order.sort(dim=1).values.tolist() == [[0, 1, 2, 3, 4]] * 6
+        found = choose_exactly(score, rows=CountBounds.exactly(counts), columns=free, among_equals=order)
+        # The order decides among equals only: scores are whole, and these steps are less than one.
+        assert torch.equal(found, choose_best(score + order / 10, counts))
 
 
 def test_the_greedy_choice_takes_the_best_and_the_lower_among_equals() -> None:

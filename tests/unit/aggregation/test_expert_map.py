@@ -22,7 +22,6 @@ def held() -> ExpertMap:
 def test_tied_slots_are_one_expert(held: ExpertMap) -> None:
     assert held.slots(7, 1) == (2, 0, 2)
     assert held.experts(7, 1) == (0, 2)
-    assert held.holders(1, 2) == (2, 5, 7)
     assert held.load(1).tolist() == [3, 2, 3, 2]
     assert held.assignment(7) == {1: (0, 2), 3: (1,)}
 
@@ -38,11 +37,10 @@ def test_an_unnamed_layer_is_held_as_a_whole_and_an_unknown_client_holds_nothing
     assert held.mask(4).sum() == 0
 
 
-def test_load_and_coverage_count_holders(held: ExpertMap) -> None:
+def test_load_counts_holders(held: ExpertMap) -> None:
     assert held.load(3).tolist() == [2, 3, 1, 1]
     assert held.load(3, (2, 7)).tolist() == [1, 2, 0, 0]
-    assert (held.coverage(1), EMPTY.coverage(1)) == (1.0, 0.0)
-    assert EMPTY.give({0: {1: (3,), 3: ()}}).coverage(1) == 0.25
+    assert EMPTY.load(1).tolist() == [0, 0, 0, 0]
 
 
 def test_what_a_client_is_given_replaces_what_it_had(held: ExpertMap) -> None:
@@ -75,6 +73,6 @@ def test_unknown_layers_and_experts_are_refused(held: ExpertMap) -> None:
     with pytest.raises(MethodError, match="no layer 2") as caught:
         EMPTY.give({0: {2: (0,)}})
     assert caught.value.hint == "its layers are 1, 3"
-    for ask in (lambda: held.slots(7, 0), lambda: held.load(0), lambda: held.holders(0, 1)):
+    for ask in (lambda: held.slots(7, 0), lambda: held.load(0)):
         with pytest.raises(MethodError, match="no layer 0"):
             ask()

@@ -32,7 +32,7 @@ SIZES = {"q_proj": 32 + 32, "v_proj": 32 + 16}
 
 
 def options(**more: Any) -> dict[str, Any]:
-    return {"name": "fedamole", "adapter": {"rank": 2, "alpha": 4.0}} | more
+    return {"name": "fedamole", "adapter": {"rank": 2, "alpha": 4.0, "dropout": 0.0}} | more
 
 
 def held_by(ran: Any, round_idx: int) -> dict[str, list[list[int]]]:
@@ -444,6 +444,29 @@ def test_the_bounds_of_the_pool_themselves_work(num_experts: int, play: Maker) -
 def test_options_without_an_effect_are_refused(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         FedAMoLEConfig.model_validate(options(**more))
+
+
+def test_a_pool_of_the_default_size_fits_who_is_to_hold_it() -> None:
+    for more, num_clients, expected in (
+        ({"clients_per_expert": 4, "max_experts": 6}, 5, 7),  # 8 experts would be 32 places, and 5 clients take 30
+        ({"clients_per_expert": 2}, 10, 30),
+        ({"clients_per_expert": 4}, 5, 8),
+    ):
+        method = FedAMoLE(FedAMoLEConfig.model_validate(options(**more)))
+        assert method._pool_size(num_clients) == expected
+
+
+def test_dropout_is_the_sources_where_only_a_rank_is_given() -> None:
+    config = FedAMoLEConfig.model_validate({"adapter": {"rank": 4}})
+    assert (config.adapter.rank, config.adapter.dropout) == (4, FedAMoLEConfig().adapter.dropout) == (4, 0.05)
+    again = FedAMoLEConfig.model_validate(config.to_options())
+    assert again == config
+    assert FedAMoLEConfig.model_validate({"adapter": {"dropout": 0.0}}).adapter.dropout == 0
+
+
+def test_batches_stay_whole_only_where_choices_are_balanced() -> None:
+    for more, expected in (({}, True), ({"balance": 0.0}, False), ({"num_experts": 0}, False)):
+        assert FedAMoLE(FedAMoLEConfig.model_validate(options(**more))).uses_batch_statistics is expected
 
 
 def test_a_dry_run_counts_its_slots_as_lora(tiny_config: Maker) -> None:

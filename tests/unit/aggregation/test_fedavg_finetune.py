@@ -13,6 +13,8 @@ from pydantic import ValidationError
 from safetensors.torch import load
 
 from fedgraft.aggregation.fedavg_finetune import FedAvgFinetuneConfig
+from fedgraft.errors import ConfigError
+from fedgraft.platform.loading import load_config
 
 Maker = Callable[..., Any]
 SMALL = {"adapter": {"rank": 2, "alpha": 4.0}}
@@ -61,7 +63,20 @@ def test_the_last_rounds_are_fedavgs_clients_training_on_alone(
     assert sum(personal.values()) < sum(shared.values())
 
 
-def test_rounds_are_counted_from_the_end_and_the_first_is_averaged(make_job: Maker, run_job: Maker) -> None:
+def test_a_run_without_a_round_to_average_is_refused() -> None:
+    def config_of(rounds: int, **options: Any) -> Any:
+        return load_config({"method": {"name": "fedavg_finetune", **options}, "federation": {"rounds": rounds}})
+
+    for rounds, options in ((1, {}), (3, {"finetune_rounds": 3}), (3, {"finetune_rounds": 7})):
+        with pytest.raises(
+            ConfigError, match=rf"finetune_rounds is \d and federation.rounds is {rounds}.*set finetune_rounds lower"
+        ):
+            config_of(rounds, **options)
+    assert config_of(2).method.finetune_rounds == 1
+    assert config_of(3, finetune_rounds=2).federation.rounds == 3
+
+
+def test_a_short_try_of_a_rate_averages_once_and_fine_tunes_the_rest(make_job: Maker, run_job: Maker) -> None:
     for rounds, options, local in ((1, {}, ()), (2, {}, (2,)), (2, {"finetune_rounds": 9}, (2,))):
         ran = run_job(job_of(make_job, rounds, **options))
         phases = {task.round_idx: task.plan.phase for task, _, _ in ran.pool.replies}

@@ -18,7 +18,7 @@ from fedgraft.data.batches import eval_batches
 from fedgraft.errors import MethodError
 from fedgraft.moe.mixture import active_slots, example_weights
 from fedgraft.training.step import response_loss
-from fedgraft.types import IGNORE_INDEX, ClientTask, Federation, Params, RoundPlan, ServerState
+from fedgraft.types import IGNORE_INDEX, ClientTask, Federation, ParamRef, Params, RoundPlan, ServerState
 
 Maker = Callable[..., Any]
 RANK, HIDDEN, EXPERTS, TOP_K = 2, 6, 4, 2
@@ -258,9 +258,65 @@ def test_a_cohort_has_anchors_and_others_in_a_fixed_number() -> None:
     assert len(seen) > 12  # the draw changes from round to round
 
 
+def test_with_everybody_in_a_round_the_wanted_number_of_anchors_acts() -> None:
+    labels = tuple({"abcd"[client % 4]: 5} for client in range(8))
+    for wanted, expected in ((None, 4), (3, 3), (1, 1), (0, 0)):
+        method = FedJETs(FedJETsConfig(num_experts=4, anchors_per_round=wanted))
+        method.federation = replace(federation(labels), refs=(SLOT,))
+        state = method.init({SLOT.key: torch.zeros(1, 2, 3)}, 8)
+        acting = Counter[int]()
+        for round_idx in range(1, 20):
+            plan = RoundPlan(round_idx=round_idx, num_steps=1, learning_rate=0.1)
+            cohort = method.select(state, plan, tuple(range(8)))
+            assert cohort == tuple(range(8))
+            experts = [expert_of(method.task(state, ClientTask(client_id=client, plan=plan, keys=()))) for client in cohort]
+            found = {client: expert for client, expert in enumerate(experts) if expert is not None}
+            assert len(found) == expected
+            assert all(state.notes["anchors"][expert] == client for client, expert in found.items())  # type: ignore[index]
+            acting.update(found)
+        assert len(acting) == (4 if expected else 0)  # they take turns
+
+
+SLOT = ParamRef(key="q_proj.mixture.lora_A[0]", name="lora_A", part="mixture", shape=(1, 2, 3), expert=0)
+
+
+def expert_of(task: ClientTask) -> int | None:
+    """The expert that a task ties its client to."""
+    experts = {int(name.split("/")[1]) for name in task.addresses.values()}
+    return experts.pop() if experts else None
+
+
+def test_odd_cohorts_have_half_an_anchor_more_and_less_in_turns() -> None:
+    labels = tuple({"abcdefgh"[client % 8]: 5} for client in range(20))
+    method = FedJETs(FedJETsConfig(num_experts=8))
+    method.federation = federation(labels)
+    state = method.init({}, 20)
+    anchors = set(state.notes["anchors"])  # type: ignore[call-overload]
+    assert len(anchors) == 8
+    for size in (1, 3, 4, 5):
+        counts = []
+        for round_idx in range(1, 9):
+            plan = RoundPlan(round_idx=round_idx, num_steps=1, learning_rate=0.1)
+            counts.append(len(anchors & set(method.select(state, plan, tuple(range(size))))))
+        assert sum(counts) == 8 * size / 2
+        assert max(counts) - min(counts) == size % 2
+
+
+def test_anchors_by_labels_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = FedJETs(FedJETsConfig(num_experts=2))
+    method.federation = federation(({"a": 4}, {"b": 4}, {"a": 2, "b": 2}, {"b": 1}))
+    state = method.init({}, 4)
+    assert json.loads(json.dumps(state.notes)) == {"anchors": [0, 1]}
+    monkeypatch.setattr("fedgraft.aggregation.fedjets.label_anchors", lambda *_: pytest.fail("looked again"))
+    plan = RoundPlan(round_idx=1, num_steps=1, learning_rate=0.1)
+    assert set(method.select(state, plan, (2, 3))) & {0, 1}
+
+
 def test_anchors_by_labels_need_labels() -> None:
     method = FedJETs(FedJETsConfig())
     method.federation = federation(({"all": 4},) * 6)
+    with pytest.raises(MethodError, match="by labels"):
+        method.init({}, 6)
     plan = RoundPlan(round_idx=1, num_steps=1, learning_rate=0.1)
     with pytest.raises(MethodError, match="by labels") as caught:
         method.select(ServerState(params={}), plan, (0, 1))

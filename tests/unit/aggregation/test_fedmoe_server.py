@@ -149,8 +149,6 @@ def test_the_search_is_a_choice_and_random_experts_are_as_many() -> None:
 
 
 def test_what_cannot_work_is_refused_before_anything_is_sent() -> None:
-    with pytest.raises(MethodError, match="warmup_rounds is 3, and this run has 2 rounds"):
-        server({"warmup_rounds": 3}, rounds=2).init({}, 4)
     with pytest.raises(MethodError, match="no client's budget holds all 8 experts"):
         server(experts=(3, 2, 3, 3)).init({}, 4)
     server({"warmup_rounds": 0}, experts=(3, 2, 3, 3)).init({}, 4)
@@ -158,6 +156,50 @@ def test_what_cannot_work_is_refused_before_anything_is_sent() -> None:
     method.federation = replace(method.federation, facts=replace(FACTS, top_k=2))
     with pytest.raises(MethodError, match="the budget of client 0 holds 2 experts, and 2 layers need 2 each"):
         method.init({}, 4)
+
+
+@pytest.mark.parametrize(("rounds", "explored_rounds"), [(1, 1), (2, 1), (3, 2), (4, 3), (9, 3)])
+def test_a_run_that_is_too_short_keeps_its_last_round_for_stage_2(rounds: int, explored_rounds: int) -> None:
+    method = server({"warmup_rounds": 3}, rounds=rounds)
+    state = method.init({}, 4)
+    for round_idx in range(1, explored_rounds + 1):
+        assert method.assign(state, plan_of(method, state, round_idx), (0,)) == {}
+        state = method.aggregate(state, NOTHING, [measured(0, round_idx, P, 5.0)])
+    phases = [plan_of(method, state, round_idx).phase for round_idx in range(1, rounds + 1)]
+    assert phases == ["explore"] * explored_rounds + ["train"] * (rounds - explored_rounds)
+    assert method.assign(state, plan_of(method, state, rounds), (0,)) == {0: {1: (0, 1), 3: (3,)}}, "found after stage 1"
+
+
+def test_who_may_hold_all_holds_experts_that_no_choice_fell_on_too() -> None:
+    focused = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 2)
+    for search in ("waterfill", "binary"):
+        method = server({"coverage": None, "memory_fraction": 1.0, "search": search}, experts=(4, 4, None, 9))
+        assert not method.is_personal({})
+        state = explored(method, dict.fromkeys(range(4), focused))
+        assert method.assign(state, plan_of(method, state, 2), (0, 1, 2, 3)) == {}
+
+
+def test_sub_models_need_routers_without_groups() -> None:
+    for options, experts, is_refused in (
+        ({}, (), True),
+        ({"warmup_rounds": 0}, (), True),
+        ({"coverage": None}, (4, 4, 4, 4), True),  # 0.8 of a budget
+        ({"coverage": None, "memory_fraction": 1.0}, (4, 4, 4, 4), False),
+        ({"coverage": None}, (), False),
+    ):
+        method = server(options, experts=experts)
+        method.init({}, 4)
+        method.federation = replace(method.federation, facts=replace(FACTS, num_groups=2))
+        if is_refused:
+            with pytest.raises(MethodError, match="choose among 2 groups of experts first"):
+                method.init({}, 4)
+        else:
+            method.init({}, 4)
+
+
+def test_batches_stay_whole_only_where_they_are_balanced() -> None:
+    assert not server().uses_batch_statistics
+    assert server({"balance": 0.1}).uses_batch_statistics
 
 
 def test_who_has_a_model_of_its_own() -> None:

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from fedgraft.aggregation.flex import FlexConfig, num_grafted_layers
 from fedgraft.aggregation.private_lora import PrivateLoraConfig, matched_rank
 from fedgraft.data.prepared import PreparedData
-from fedgraft.errors import MethodError
+from fedgraft.errors import ConfigError, MethodError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.scoring import observe_experts
+from fedgraft.platform.loading import load_config
 from fedgraft.types import Batch, Broadcast, EvaluationTask, Params
 
 Maker = Callable[..., Any]
@@ -393,6 +394,29 @@ def test_a_random_graft_is_no_expert_but_has_its_size(make_bench: Maker, make_ba
             assert not any(torch.allclose(value[0], expert) for expert in experts)
             assert torch.equal(value, again[STEM.format(layer, name)])
             assert not torch.equal(value, other[STEM.format(layer, name)])
+
+
+@pytest.mark.parametrize("options", [{"granularity": "neuron"}, {"graft_init": "random"}, {}], ids=str)
+def test_an_expert_is_named_only_where_the_graft_is_its_copy(options: dict[str, Any], make_bench: Maker) -> None:
+    _, choice = set_up(make_bench(flex(graft_layer_fraction=0.5, **options)))
+    assert sorted(choice["is_grafted"]) == [False, True]
+    assert ("experts" in choice) == (not options)
+    if not options:
+        assert [bool(experts) for experts in choice["experts"]] == choice["is_grafted"]
+
+
+@pytest.mark.parametrize("server", ["fedprox", "scaffold", "fedavg"])
+def test_weights_may_be_spread_over_ranks_unless_the_optimiser_reads_whole_ones(server: str) -> None:
+    def config_of(stage: int) -> Any:
+        method = {"name": "flex", "server": {"name": server}}
+        return load_config({"method": method, "engine": {"name": "deepspeed", "stage": stage}})
+
+    assert config_of(2).method is not None
+    if server == "fedprox":
+        with pytest.raises(ConfigError, match="flex looks into MoE blocks while they run, which neither ZeRO stage 3"):
+            config_of(3)
+    else:
+        assert config_of(3).method is not None
 
 
 def test_shared_gates_are_sent_and_grafts_are_not(make_bench: Maker) -> None:

@@ -25,9 +25,11 @@ from fedgraft.aggregation.hfedmoe import (
     importance,
     information,
 )
-from fedgraft.errors import GroupViolation
+from fedgraft.errors import ConfigError, GroupViolation, UpdateError
+from fedgraft.platform.loading import load_config
 from fedgraft.platform.session import ClientSession
-from fedgraft.types import Budget, Params
+from fedgraft.registry import METHODS
+from fedgraft.types import Budget, ClientUpdate, Params, ServerState
 
 Maker = Callable[..., Any]
 SMALL = {"rank": 2, "alpha": 4.0}
@@ -135,6 +137,52 @@ def test_options_that_are_wrong_or_without_effect_are_refused(options: dict[str,
         HFedMoEConfig.model_validate({"name": "hfedmoe", **options})
 
 
+def config_of(method: dict[str, Any], training: dict[str, Any] | None = None, **federation: Any) -> Any:
+    return load_config({"method": {"name": "hfedmoe"} | method, "training": training or {}, "federation": federation})
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank_by": "random"}, {"rank_by": "ib"}, {"beta": 0.2}, {"backward": "drop"}, {"gates": "plain", "lam": 0.2}]
+)
+def test_without_budgets_options_that_choose_experts_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{list(options)[-1]} has no effect without federation.budgets"):
+        config_of(options)
+    assert config_of(options, budgets={"experts_per_layer": [8]}).method is not None
+
+
+def test_experts_of_negative_score_are_left_out_without_budgets_too(make_bench: Maker) -> None:
+    options = {"drop_negative": True, "beta": 100.0}
+    assert config_of(options).method is not None
+    assert config_of({"lam": 0.2}).method is not None  # alpha has importance in it
+    replies = []
+    for option in ({"beta": 100.0}, options):
+        bench = make_bench(OURS | option)
+        replies.append(bench.train(0, 1, bench.worker.initial_params()))
+    active = [len(pairs(update.diagnostics["hfedmoe"]["updated"])) for update, _ in replies]
+    assert active[1] < active[0]
+
+
+def test_weight_decay_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training.weight_decay is 0.01, which moves experts that are not active"):
+        config_of({}, training={"weight_decay": 0.01})
+
+
+def test_a_reply_without_counts_is_refused() -> None:
+    method = METHODS.parse({"name": "hfedmoe"})
+    update = ClientUpdate(
+        client_id=4,
+        round_idx=1,
+        num_examples=8,
+        num_steps=1,
+        expert_tokens=torch.zeros(2, 4),
+        metrics={},
+        payload=(),
+        statistics={IMPORTANCE: torch.ones(2, 4)},
+    )
+    with pytest.raises(UpdateError, match=f"client 4 sent no statistic '{USAGE}'"):
+        method.weigh(ServerState(params={}), [update])
+
+
 # ---- clients
 
 
@@ -182,7 +230,8 @@ def test_a_budget_that_covers_the_union_changes_no_bit(make_bench: Maker, assert
         assert_same_bits(update.statistics, replies[0][0].statistics)
     tight, tight_tensors = make_bench(OURS).train(0, 1, bench.worker.initial_params(), budget=Budget(experts_per_layer=1))
     assert not all(torch.equal(tight_tensors[key], replies[0][1][key]) for key in tight_tensors)
-    assert int(tight.statistics[UPDATED].sum()) < int(replies[0][0].statistics[UPDATED].sum())
+    active = [len(pairs(update.diagnostics["hfedmoe"]["updated"])) for update in (tight, replies[0][0])]
+    assert active[0] < active[1]
 
 
 def test_usage_and_importance_are_those_of_the_batches_seen(
@@ -354,28 +403,35 @@ def test_where_nobody_contributes_everything_of_a_layer_stays(make_job: Maker, r
             assert stayed == (ref.part in ("experts", "router")), ref.key
 
 
-@pytest.mark.parametrize("parts", PARTS)
-def test_bytes_up_are_those_of_qualified_experts_gates_dense_parts_and_counts(
-    parts: dict[str, Any], make_job: Maker, run_job: Maker
+@pytest.mark.parametrize(
+    ("parts", "contrib"),
+    [({}, "usage"), ({}, "updated"), pytest.param(FULL, "usage", marks=pytest.mark.slow)],
+    ids=["lora", "lora updated", "full"],
+)
+def test_bytes_up_are_those_of_contributed_experts_gates_dense_parts_and_counts(
+    parts: dict[str, Any], contrib: str, make_job: Maker, run_job: Maker
 ) -> None:
-    ran = run_job(with_budgets(replace(make_job(OURS | parts), rounds=2), 1, 2, 3))
+    ran = run_job(with_budgets(replace(make_job(OURS | parts | {"contrib": contrib}), rounds=2), 1, 2, 3))
     hidden, neurons, key_value, rank = 32, 24, 16, 2
     # LoRA: A and B of gate-up and down; in full: the two matrices.
     lora_of_expert = rank * ((hidden + 2 * neurons) + (neurons + hidden))
-    expert = lora_of_expert if not parts else 3 * hidden * neurons
+    expert = 3 * hidden * neurons if "full" in parts else lora_of_expert
     gates = 2 * EXPERTS * hidden
     dense = 2 * rank * (2 * (hidden + hidden) + 2 * (hidden + key_value))  # attention LoRA: q and o, k and v
-    counts = 2 * 4 * len(LAYERS) * EXPERTS + len(LAYERS) * EXPERTS  # u and s in float32, who was active in a byte
+    # u and s in float32, and who was active in a byte where that decides what is sent
+    counts = 2 * 4 * len(LAYERS) * EXPERTS + (contrib == "updated") * len(LAYERS) * EXPERTS
     up: Counter[tuple[int, int]] = Counter()
     for row in ran.rows("ledger"):
         if row["direction"] == "up":
             up[row["round"], row["client_id"]] += row["bytes"]
-    qualified = []
+    sent = []
     for task, update, _ in ran.pool.replies:
-        qualified.append(int((update.statistics[USAGE] >= 1 / EXPERTS).sum()))
-        assert up[task.round_idx, task.client_id] == 4 * (qualified[-1] * expert + gates + dense) + counts
-    assert len(qualified) == 6
-    assert all(0 < count < len(LAYERS) * EXPERTS for count in qualified)
+        chosen = update.statistics[USAGE] >= 1 / EXPERTS if contrib == "usage" else update.statistics[UPDATED]
+        sent.append(int(chosen.sum()))
+        assert up[task.round_idx, task.client_id] == 4 * (sent[-1] * expert + gates + dense) + counts
+    assert len(sent) == 6
+    assert all(0 < count <= len(LAYERS) * EXPERTS for count in sent)
+    assert any(count < len(LAYERS) * EXPERTS for count in sent)
 
 
 @pytest.mark.slow

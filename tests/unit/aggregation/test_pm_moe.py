@@ -18,7 +18,7 @@ from fedgraft.data.batches import eval_batches
 from fedgraft.errors import MethodError
 from fedgraft.moe.base import open_base
 from fedgraft.training.evaluate import score_batches
-from fedgraft.types import Broadcast, EvaluationTask, Federation, Params, RoundPlan
+from fedgraft.types import Broadcast, EvaluationTask, Federation, ParamRef, Params, RoundPlan
 
 Maker = Callable[..., Any]
 RANK, PLACES = 2, 4
@@ -270,6 +270,8 @@ def test_stages_share_the_rounds() -> None:
         (10, {"stage1_fraction": 0.8}, 8),
         (2, {"stage1_fraction": 0.99}, 1),
         (7, {"stage1_rounds": 6}, 6),
+        (6, {"stage1_rounds": 6}, 5),  # too short a run, or a rate search: the last round is left for stage 2
+        (3, {"stage1_rounds": 6}, 2),
     ):
         method = PmMoe(PmMoeConfig.model_validate({"gate_steps": 5} | options))
         method.federation = federation(rounds)
@@ -293,10 +295,13 @@ def test_what_cannot_work_is_refused_at_the_start() -> None:
     with pytest.raises(MethodError, match="places for 2 modules, and there are 3 clients") as caught:
         method.init({}, 3)
     assert "num_experts to 3" in caught.value.hint
-    method = PmMoe(PmMoeConfig(stage1_rounds=4))
-    method.federation = federation(4)
-    with pytest.raises(MethodError, match="stage1_rounds is 4, and the run has 4"):
-        method.init({}, 3)
+
+
+def test_unlocked_copies_train_at_the_private_modules_rate() -> None:
+    method = PmMoe(PmMoeConfig(private_lr_scale=3.0, gate_lr_scale=7.0, lock_experts=False))
+    parts = {"mixture": None, "example_gate": None, "attention": "personal", "other": "shared"}
+    refs = [ParamRef(key=part, name=part, part=part, shape=(1,), adapter=adapter) for part, adapter in parts.items()]
+    assert [method.lr_scale(ref) for ref in refs] == [3.0, 7.0, 3.0, 1.0]
 
 
 @pytest.mark.parametrize(

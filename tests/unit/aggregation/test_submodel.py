@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from fedgraft.aggregation.submodel import (
     Held,
     Trial,
     adjust,
-    coverage_of,
     expected_activation,
     held_by_layer,
     judge,
@@ -43,6 +43,11 @@ def shares(num_layers: int, num_experts: int, seed: int, *, skew: float = 3.0) -
     p_LE = (raw / raw.sum(dim=1, keepdim=True) * 4096).floor() / 4096
     p_LE[:, 0] += 1 - p_LE.sum(dim=1)
     return p_LE
+
+
+def coverage_of(p_LE: torch.Tensor, held: Held) -> float:
+    """Least share of a layer's choices that the held experts cover: the theta that a sub-model reaches."""
+    return min(float(p_E[list(experts)].sum()) for p_E, experts in zip(p_LE, held, strict=True))
 
 
 def size(held: Held) -> int:
@@ -105,6 +110,15 @@ def test_every_layer_reaches_theta_and_with_one_expert_less_it_would_not(theta: 
         assert float(p_E[list(experts)].sum() - p_E[least_used]) < theta
         assert min(float(p_E[e]) for e in experts) >= max((float(p_E[e]) for e in range(16) if e not in experts), default=0)
     assert all(len(experts) >= 4 for experts in reach(p_LE, theta, least=4))
+
+
+@pytest.mark.parametrize(("numbers", "theta"), [([8, 2], 0.8), ([1] * 10, 0.8), ([7, 2, 1], 0.7)])
+def test_rounding_adds_no_expert_to_a_theta_that_is_reached(numbers: list[int], theta: float) -> None:
+    exact = [Fraction(number, 10) for number in numbers]
+    least = next(n for n in range(1, 11) if sum(exact[:n]) >= Fraction(str(theta)))
+    for dtype in (torch.float32, torch.float64):
+        held = reach(torch.tensor([[number / 10 for number in numbers]], dtype=dtype), theta, least=1)
+        assert held == (tuple(range(least)),), dtype
 
 
 def test_a_theta_that_rounding_keeps_out_of_reach_takes_what_there_is() -> None:

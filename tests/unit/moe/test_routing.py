@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fedgraft.errors import ModelError
-from fedgraft.moe.families import moe_layers
-from fedgraft.moe.routing import check_experts_left, expert_probabilities
+from fedgraft.moe.families import model_facts, moe_layers, unwrap
+from fedgraft.moe.routing import check_experts_left, expert_probabilities, num_groups
 from fedgraft.moe.trace import trace_routing
 from fedgraft.types import Batch
 
@@ -32,6 +32,27 @@ def assert_same_choice(model: Any, scale: float) -> None:
         assert torch.equal(own_chosen, chosen)
         assert torch.equal(own_weights.to(weights.dtype), weights)
         assert len(set(chosen.reshape(-1).tolist())) == layer.num_experts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (GROUPS | {"topk_method": "group_limited_greedy"}, {"deepseek_v2": 4, "deepseek_v3": 4}),
+        (GROUPS | {"topk_method": "greedy"}, {"deepseek_v2": 1, "deepseek_v3": 4}),  # DeepSeek-V3's router has no such choice
+        (GROUPS | {"n_group": 1, "topk_group": 1}, {"deepseek_v2": 1, "deepseek_v3": 1}),
+    ],
+)
+def test_a_config_says_how_many_groups_its_routers_choose_from(
+    overrides: dict[str, Any], expected: dict[str, int], tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    for family, count in expected.items():
+        model = tiny_model(family, **overrides)
+        assert model_facts(model.config).num_groups == count
+        assert {num_groups(unwrap(layer.router)) for layer in moe_layers(model)} == {count}
+
+
+def test_other_families_choose_without_groups(family: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    assert model_facts(tiny_model(family).config).num_groups == 1
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])  # with 20 most scores are exactly 0 or 1

@@ -252,18 +252,24 @@ def test_costs_are_those_of_a_model_with_so_many_experts(
     rank = 8
     lora = rank * ((hidden + 2 * inner) + (inner + hidden))
     if "full" in parts:
-        state, kept = 3 * s * expert, s * expert
+        gradient, kept = s * expert, s * expert
         trained = expert
     else:
-        state, kept = 3 * 4 * lora, s * expert + 4 * lora
+        gradient, kept = 4 * lora, s * expert + 4 * lora
         trained = lora
-    assert cost.expert_bytes == 2 * (state + (kept if use_kind == "holds" else 0))
+    # In two layers. An expert that trains in some steps only keeps its two moments in all of them.
+    assert cost.expert_bytes == 2 * (3 * gradient + kept if use_kind == "holds" else gradient)
     share = 2 / 4  # of tokens that come to an expert, with two of four chosen
-    assert cost.expert_flops == pytest.approx(tokens * 2 * share * (6 * trained + (4 * expert if use_kind == "holds" else 0)))
+    if use_kind == "trains":
+        a_value = 2 * trained  # its own gradient: tokens pass through it, and back, all the same
+    else:
+        a_value = 6 * expert if "full" in parts else 4 * expert + 6 * lora
+    assert cost.expert_flops == pytest.approx(tokens * 2 * share * a_value)
     # Everything with all experts is what the whole model takes.
     whole = model.weight_bytes + 4 * slots.lora + 3 * (4 * slots.trained_wide + s * slots.trained_full)
     assert cost.bytes_of(4) == whole
-    assert cost.flops_of(4) == pytest.approx(tokens * (4 * model.active_parameters + 6 * slots.active))
+    own = 2 * 2 * expert if "full" in parts else 0  # two layers, two of four experts
+    assert cost.flops_of(4) == pytest.approx(tokens * (4 * (model.active_parameters - own) + 6 * slots.active))
     if use_kind == "holds":
         # A model that has one expert less differs by it, and by its row of the router in each layer.
         fewer = cost_of(*sizes(3), num_moments=2, tokens=tokens, use=use_kind)
@@ -465,6 +471,34 @@ def test_a_method_that_uses_no_budgets_says_so_once(make_job: Maker, run_job: Ma
     ]
     assert ran.folder.read_info()["budget_use"] == "none"
     assert len(ran.folder.read_info()["budgets"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "is_said"),
+    [
+        ({"name": "hfedmoe"}, True),
+        ({"name": "hfedmoe", "drop_negative": True}, False),
+        ({"name": "flex_moe"}, True),
+        ({"name": "flex_moe", "experts_per_client": 3}, False),
+        ({"name": "fedmoe"}, False),
+        ({"name": "fedmoe", "coverage": None}, True),
+        ({"name": "fedavg"}, False),
+    ],
+    ids=str,
+)
+def test_a_method_that_would_use_budgets_says_that_there_are_none(
+    method: dict[str, Any], is_said: bool, make_job: Maker, run_job: Maker
+) -> None:
+    for purpose in ("search", "run"):
+        begun: list[Any] = []
+        with pytest.raises(RunInterrupted):  # before round 1: it is said at the start
+            run_job(
+                replace(make_job(method, folder=None), purpose=purpose),
+                is_stopping=lambda: True,
+                before=lambda loop, begun=begun: setattr(loop, "_emit", begun.append),
+            )
+        notes = [event.data["text"] for event in begun if event.kind == "note"]
+        assert notes == ["no budgets are set: every client holds and trains all experts"] * (is_said and purpose == "run")
 
 
 def test_a_run_does_not_go_on_with_other_budgets(make_job: Maker, run_job: Maker, use: Use) -> None:

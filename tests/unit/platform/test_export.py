@@ -136,20 +136,25 @@ CASES = {
     "flex row": ({"name": "flex", "mode": "row", "n_graft": 2, "gate_bias": 0.5}, 1, False, "graft", SAME),
     "flex convex global": ({"name": "flex", "mode": "convex", "gate_bias": 0.5}, None, False, "graft", SAME),
     "flex in one layer": ({"name": "flex", "graft_layer_fraction": 0.5}, 1, False, "graft", SAME),
+    "fedavg_finetune": ({"name": "fedavg_finetune", "lora": ALL}, 1, False, "adapter", SAME),
+    "fedavg_finetune global": ({"name": "fedavg_finetune"}, None, False, "adapter", SAME),
     "flex closed": ({"name": "flex", "gate_closed": True}, 1, False, "adapter", SAME),
 }
-QUICK = {"fedavg merged", "fedavg everywhere", "fedavg full and lora", "private_lora", "flex", "flex global"}
+QUICK = {
+    "fedavg merged", "fedavg everywhere", "fedavg full and lora", "fedavg_finetune", "private_lora", "flex", "flex global",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES])
 def test_an_export_has_the_logits_of_the_platforms_model(case: str, train: Callable[..., Trained]) -> None:
     method, client, merge, form, tolerance = CASES[case]
-    trained = train(method)
+    rounds = 2 if method["name"] == "fedavg_finetune" else 1  # one is averaged
+    trained = train(method, rounds=rounds)
     made = fedgraft.export(trained.folder, client=client, merge=merge)
     expected = trained.logits(client)
     base = AutoModelForCausalLM.from_pretrained(trained.base, dtype=torch.float32)
     assert _distance(_logits(base), expected) > 100 * SUM  # there is something to lose
-    assert (made.form, made.round_idx, made.client_id) == (form, 1, client)
+    assert (made.form, made.round_idx, made.client_id) == (form, rounds, client)
     assert _distance(_logits(fedgraft.load_export(made.folder)), expected) <= tolerance
     if form == "adapter":
         assert _distance(_logits(PeftModel.from_pretrained(base, made.folder)), expected) <= tolerance
@@ -275,6 +280,17 @@ def test_a_client_that_never_trained(train: Callable[..., Trained]) -> None:
     with pytest.raises(CheckpointError, match="has not trained") as error:
         fedgraft.export(trained.folder, client=(seen + 1) % 3)
     assert error.value.hint.startswith(f"name one that has: {seen};")
+
+
+def test_a_client_that_never_fine_tuned_has_no_model_of_its_own(train: Callable[..., Trained]) -> None:
+    trained = train({"name": "fedavg_finetune"}, rounds=2, federation={"cohort_size": 1})
+    store = ClientStateStore(trained.folder / "clients")
+    versions = load_latest(trained.folder / "checkpoints", store=store).versions
+    (tuned,) = (client for client, version in versions.items() if store.read(client, version))
+    fedgraft.export(trained.folder, client=tuned)
+    with pytest.raises(CheckpointError, match="has not trained for itself") as error:
+        fedgraft.export(trained.folder, client=(tuned + 1) % 3)
+    assert error.value.hint == f"name one that has: {tuned}; or export the global model, without --client"
 
 
 def test_no_checkpoint(train: Callable[..., Trained]) -> None:

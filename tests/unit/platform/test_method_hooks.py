@@ -390,6 +390,22 @@ def test_an_experts_tensors_do_not_go_to_a_client_that_does_not_hold_it(served: 
     check_task(replace(task, keys=held, assignment={0: (0, 1, 3)}), federation, state)
 
 
+def test_where_routers_choose_by_groups_everybody_holds_all(served: Any) -> None:
+    federation, state, task = served
+    grouped = replace(federation, facts=replace(federation.facts, num_groups=2))
+    held = tuple(key for key in task.keys if federation.groups[key] != assigned(0, 2))
+    lacking = replace(task, keys=held, assignment={0: (0, 1, 3)})
+    judged = EvaluationTask(round_idx=1, view="personal", tasks=(), keys=held, client_id=4, assignment=lacking.assignment)
+    check_task(lacking, federation, state)
+    check_evaluation(judged, federation, state)
+    with pytest.raises(MethodError, match="(?s)client 4 assigns 3 of 4 experts of layer 0, .* 2 groups .*without groups"):
+        check_task(lacking, grouped, state)
+    with pytest.raises(MethodError, match="assigns 3 of 4 experts of layer 0"):
+        check_evaluation(judged, grouped, state)
+    check_task(task, grouped, state)
+    check_task(replace(task, assignment={0: (0, 1, 2, 3)}), grouped, state)
+
+
 def test_the_loop_checks_tasks_and_evaluations(make_job: Maker, run_job: Maker, use: Use) -> None:
     use(task=lambda self, state, task: replace(task, extra_keys=("x",)))
     with pytest.raises(MethodError, match="the task of client 0 names the extras x"):

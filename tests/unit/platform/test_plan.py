@@ -161,6 +161,9 @@ def test_where_the_data_decides_totals_are_left_open(folder: Path) -> None:
 def test_flops_of_a_token() -> None:
     assert flops_per_token(10, 1, is_training=True) == 46
     assert flops_per_token(10, 1, is_training=False) == 22
+    # Trained in full: 6 of the model's own 10 values; each costs 6 in training, and no more than before in judging.
+    assert flops_per_token(10, 6, own=6, is_training=True) == 4 * 4 + 6 * 6
+    assert flops_per_token(10, 6, own=6, is_training=False) == 2 * 10
 
 
 @pytest.mark.parametrize(

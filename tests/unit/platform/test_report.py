@@ -203,6 +203,24 @@ def test_sections_without_data_are_left_out(comparison: results.ComparisonResult
     ]  # fmt: skip
 
 
+def test_grafts_that_are_no_experts_copy_show_their_gates_only(tmp_path: Path) -> None:
+    pages = {}
+    for name in ("copy", "other"):
+        folder = make_run(tmp_path / name, "FLEx graft")
+        rows = [json.loads(line) for line in (folder / "diagnostics.jsonl").read_text().splitlines()]
+        for row in rows:
+            if row["kind"] == "graft_choice" and name == "other":
+                del row["values"]["experts"]
+            elif row["kind"] == "graft_choice":  # no graft in the first layer
+                row["values"]["experts"] = [[], *row["values"]["experts"][1:]]
+        lines(folder / "diagnostics.jsonl", rows)
+        pages[name] = write_report(results.read_run(folder), tmp_path / f"{name}.html").read_text(encoding="utf-8")
+    assert all("Mean opening of the graft gate" in page for page in pages.values())
+    assert [caption in pages[name] for name in pages for caption in ("Expert grafted by", "loss of the grafted expert")] == [
+        True, True, False, False,
+    ]  # fmt: skip
+
+
 def test_a_single_run_is_told_against_its_start(comparison: results.ComparisonResult, tmp_path: Path) -> None:
     page = write_report(comparison.runs["FLEx graft"][0], tmp_path / "one.html").read_text(encoding="utf-8")
     assert "<h1>FLEx graft on olmoe</h1>" in page
