@@ -297,12 +297,12 @@ class Method(ABC):
     summary: ClassVar[str]
     advice: ClassVar[str] = ""
     reconstructed: ClassVar[str] = ""
-    uses_batch_statistics: ClassVar[bool] = False
+    uses_batch_statistics: bool = False
     is_centralised: ClassVar[bool] = False
-    keeps_client_state: ClassVar[bool] = False
+    keeps_client_state: bool = False
     budget_use: ClassVar[Literal["none", "holds", "trains"]] = "none"
-    needs_whole_model: ClassVar[bool] = False
-    is_slots_only: ClassVar[bool] = True
+    needs_whole_model: bool = False
+    is_slots_only: bool = True
     config_class: ClassVar[type[MethodConfig]]
     federation: Federation
 

@@ -180,7 +180,7 @@ class FedAlignMoe(Method):
 
     def __init__(self, config: FedAlignMoeConfig) -> None:
         super().__init__(config)
-        self.is_slots_only = not config.personal  # type: ignore[misc]  # own versions lie under names of their own on the server
+        self.is_slots_only = not config.personal  # own versions lie under names of their own on the server
 
     def slots(self, facts: ModelFacts) -> Slots:
         """One LoRA over the parts in ``lora``, the parts in ``full`` themselves, the router row by row where rows are weighed."""

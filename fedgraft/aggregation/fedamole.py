@@ -151,7 +151,7 @@ class FedAMoLE(Method):
     def __init__(self, config: FedAMoLEConfig) -> None:
         super().__init__(config)
         # The balance term takes shares of a batch's choices; without domain experts nothing is chosen.
-        self.uses_batch_statistics = config.balance > 0 and config.num_experts != 0  # type: ignore[misc]
+        self.uses_batch_statistics = config.balance > 0 and config.num_experts != 0
 
     def slots(self, facts: ModelFacts) -> Slots:
         """A mixture at every target, with as many slots as a client may hold experts."""

@@ -166,7 +166,7 @@ class FedMoE(FedAvg):
 
     def __init__(self, config: FedMoEConfig) -> None:
         super().__init__(config)
-        self.uses_batch_statistics = config.balance > 0  # type: ignore[misc]
+        self.uses_batch_statistics = config.balance > 0
 
     @property
     def bounds_experts(self) -> bool:

@@ -124,7 +124,7 @@ class Flex(Optimized):
 
     def __init__(self, config: FlexConfig) -> None:
         super().__init__(config)
-        self.needs_whole_model = METHODS.get(config.server.name).needs_whole_model  # type: ignore[misc]  # the optimiser decides
+        self.needs_whole_model = METHODS.get(config.server.name).needs_whole_model  # the optimiser decides
 
     @property
     def optimizer(self) -> FederatedOptimizer:

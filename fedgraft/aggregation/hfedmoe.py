@@ -263,7 +263,7 @@ class HFedMoE(FedAvg):
     def __init__(self, config: HFedMoEConfig) -> None:
         super().__init__(config)
         # Only then do clients keep anything: a state for nothing would be a file a client and round.
-        self.keeps_client_state = config.ema > 0  # type: ignore[misc]
+        self.keeps_client_state = config.ema > 0
 
     @property
     def bounds_experts(self) -> bool:

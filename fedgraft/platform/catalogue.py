@@ -25,7 +25,7 @@ __all__ = ["MethodInfo", "OptionInfo", "find_method", "list_methods", "method_pa
 _BUDGETS = {
     "none": "does not use them: every client holds everything, and a run with budgets says so",
     "holds": "bound the experts that a client holds, trains and sends",
-    "trains": "bound the experts that one local step of a client may change; a client still holds all of them",
+    "trains": "bound the experts that have a gradient in a local step of a client, which still holds all of them",
 }
 
 

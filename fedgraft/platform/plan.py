@@ -317,7 +317,9 @@ def _method_plan(
         run_bytes = rounds * len(config.seeds) * cohort * 2 * sum(sent.values())
         active = model.active_parameters
         judged = (evaluated or 0) * (1 + -(-rounds // config.evaluation.every)) * len(config.seeds)
-        flops = steps * federation.batch_size * tokens * flops_per_token(active, slots.active, own=slots.active_own, is_training=True)
+        flops = (
+            steps * federation.batch_size * tokens * flops_per_token(active, slots.active, own=slots.active_own, is_training=True)
+        )
         flops += judged * tokens * flops_per_token(active, slots.active, own=slots.active_own, is_training=False)
         seconds = flops / (machine.speed * _EFFICIENCY * min(replicas, max(1, machine.cores // config.executor.threads)))
     return MethodPlan(

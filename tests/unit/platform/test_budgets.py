@@ -260,10 +260,9 @@ def test_costs_are_those_of_a_model_with_so_many_experts(
     # In two layers. An expert that trains in some steps only keeps its two moments in all of them.
     assert cost.expert_bytes == 2 * (3 * gradient + kept if use_kind == "holds" else gradient)
     share = 2 / 4  # of tokens that come to an expert, with two of four chosen
-    if use_kind == "trains":
-        a_value = 2 * trained  # its own gradient: tokens pass through it, and back, all the same
-    else:
-        a_value = 6 * expert if "full" in parts else 4 * expert + 6 * lora
+    held = 6 * expert if "full" in parts else 4 * expert + 6 * lora
+    # Who holds all saves an expert's own gradient alone: tokens pass through it, and back, all the same.
+    a_value = 2 * trained if use_kind == "trains" else held
     assert cost.expert_flops == pytest.approx(tokens * 2 * share * a_value)
     # Everything with all experts is what the whole model takes.
     whole = model.weight_bytes + 4 * slots.lora + 3 * (4 * slots.trained_wide + s * slots.trained_full)

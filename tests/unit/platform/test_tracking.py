@@ -16,6 +16,9 @@ from pydantic import ValidationError
 from fedgraft.errors import FedgraftError
 from fedgraft.platform.tracking import Tracker, TrackingConfig
 
+pytestmark = pytest.mark.slow  # a store with its tables takes seconds
+
+
 CONFIG = TrackingConfig()
 
 
@@ -60,7 +63,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-@pytest.mark.slow
 def test_a_run_is_tracked_once_with_flat_params_and_its_steps(root: Path, tmp_path: Path) -> None:
     params = {"model": {"lora": {"rank": 8}, "targets": ["attention", "router"]}, "path": None, "on": True, "text": "x"}
     tracker = Tracker.start(CONFIG, root, "graft seed 0", params, {"method": "graft"})
@@ -148,7 +150,6 @@ def test_long_values_many_params_and_odd_names_are_taken(root: Path) -> None:
     assert run.data.metrics == {"client/maths _2_": 1.0}
 
 
-@pytest.mark.slow
 def test_a_store_that_breaks_is_logged_once_and_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = Tracker.start(CONFIG, tmp_path, "x", {})
     (tmp_path / "mlflow.db").unlink()
