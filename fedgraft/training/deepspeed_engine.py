@@ -320,8 +320,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Let go of DeepSpeed's engine; its hooks leave the model."""
         if self._engine is not None:
-            self._engine.destroy()
-            self._engine = self._masters = None
+            self._let_go()
 
     # ---- DeepSpeed
 
@@ -372,7 +371,7 @@ class DeepSpeedEngine:
             return
         if self._stage == 3:
             raise ReplicaError("a local step broke off, and sharded weights (ZeRO stage 3) cannot be set up again in one process")
-        self._engine.destroy()
+        self._let_go()
         for parameter in self._parameters.values():
             parameter.grad = None
         try:
@@ -381,6 +380,16 @@ class DeepSpeedEngine:
             raise ReplicaError(f"DeepSpeed could not be set up again: {error}") from error
         self._has_gradients = False
         self._push(self._trained)
+
+    def _let_go(self) -> None:
+        """Destroy DeepSpeed's engine, once.
+
+        It destroys itself once more when it is collected, whenever that is, and would then unlink the parameters from the masters
+        of an engine that was built meanwhile.
+        """
+        self._engine.destroy()
+        self._engine.optimizer = None
+        self._engine = self._masters = None
 
     def _require_own_spec(self, spec: TrainSpec) -> None:
         own = self._spec

@@ -20,6 +20,7 @@ from fedgraft.types import AdapterSpec, Batch, GraftSpec, ParamRef, Params, Slot
 
 # DeepSpeed calls what PyTorch deprecates, and hooks modules whose inputs need no gradient.
 pytestmark = [
+    pytest.mark.slow,  # DeepSpeed takes seconds to set up
     pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
 ]

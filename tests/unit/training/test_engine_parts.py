@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from fedgraft.types import IGNORE_INDEX, AdapterSpec, Batch, GraftSpec, ParamRef
 
 # DeepSpeed calls what PyTorch deprecates, and hooks modules whose inputs need no gradient.
 pytestmark = [
+    pytest.mark.slow,  # DeepSpeed takes seconds to set up
     pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
 ]
@@ -194,7 +196,8 @@ def test_a_part_that_is_not_finite_does_no_harm(
 
     with pytest.raises(UpdateError, match="step 1 is nan"):
         host(engine, 5, batches, spec, terms=bad)
-    assert_same_bits(host(engine, 4, batches, spec)[1], expected)
+    # What the broken step held is collected in the middle of the next training, at the latest.
+    assert_same_bits(host(engine, 4, batches, spec, after_backward=lambda step: gc.collect())[1], expected)
 
 
 # ---- offload

@@ -21,6 +21,7 @@ from fedgraft.types import IGNORE_INDEX, Batch
 
 # DeepSpeed calls what PyTorch deprecates, and hooks modules whose inputs need no gradient.
 pytestmark = [
+    pytest.mark.slow,  # DeepSpeed takes seconds to set up
     pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
 ]
