@@ -64,8 +64,8 @@ class SlotSizes:
     ``trained_*`` leave out what the method tags frozen. ``sent`` may leave the client, ``private`` stays, ``persisted`` are
     those whose moments are kept between rounds. ``merged`` are the base's values under a LoRA over fused experts, whose sum with
     it PEFT builds anew in every pass. ``active`` are the slots' values that one token passes through, ``active_own`` those of
-    them that are weights of the model itself. ``expert_*`` are the slots of all routed experts together: ``expert_lora`` values of
-    LoRA over them, and of those and of experts trained in full what trains (``expert_wide``, ``expert_full``).
+    them that are weights of the model itself. ``expert_*`` are the slots of all routed experts together: ``expert_lora`` values
+    of LoRA over them, and of those and of experts trained in full what trains (``expert_wide``, ``expert_full``).
     """
 
     slots: Slots
