@@ -191,8 +191,8 @@ def write(arguments: argparse.Namespace) -> None:
 
 
 def _is_common(override: str) -> bool:
-    """Whether a setting must be the same for all methods: all but names, the method's options, and its budget."""
-    return not override.startswith(("name=", "compare=", "federation="))
+    """Whether a setting must be the same for all methods: all but names, seeds (the tables count them), options and budgets."""
+    return not override.startswith(("name=", "seeds=", "compare=", "federation=", "output.folder="))
 
 
 def _row(record: dict[str, Any], fedavg: dict[str, Any] | None) -> dict[str, Any]:
