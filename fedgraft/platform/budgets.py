@@ -13,7 +13,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedgraft.data.files import read_file
 from fedgraft.errors import DataError
 from fedgraft.seeding import derive_seed
 from fedgraft.types import Budget
@@ -119,6 +118,8 @@ def read_profile(config: BudgetsConfig) -> tuple[Budget, ...]:
     """
     assert config.profile is not None
     path, found = config.profile, []
+    from fedgraft.data.files import read_file  # it takes pyarrow, which a machine that only trains need not have
+
     records = read_file(path)
     names = [config.memory_field] + ([config.score_field] if config.flops_per_score is not None else [])
     for name in names:
