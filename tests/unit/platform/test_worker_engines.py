@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedgraft.protocols import TrainSpec
 from fedgraft.registry import METHODS
 from fedgraft.training.config import EngineConfig
 from fedgraft.types import Broadcast, ClientUpdate, EvaluationTask, Params
@@ -53,8 +54,10 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_a_method_does_the_same_on_both_engines(name: str, stage: int, make_bench: Callable[..., Any]) -> None:
-    plain = _two_rounds(make_bench({"name": name}))
-    bench = make_bench({"name": name}, engine=_engine(stage))
+    # FedJETs' experts start at zero and get a part of each gradient: too many are nearly zero for AdamW.
+    spec = TrainSpec(learning_rate=0.02, optimizer="sgd" if name == "fedjets" else "adamw")
+    plain = _two_rounds(make_bench({"name": name}, train=spec))
+    bench = make_bench({"name": name}, train=spec, engine=_engine(stage))
     ours = _two_rounds(bench)
     bench.worker.end()
     for found, expected in zip(ours[1:3], plain[1:3], strict=True):
