@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests use one thread each, so two processes use two cores. Those of Ray share one cluster and stay in one.
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: run test check quick ray slow clean
 .DEFAULT_GOAL := run
@@ -18,13 +20,13 @@ check: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 quick: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 ray: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "ray and not gpu"
 
 slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not ray"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not ray" $(PARALLEL)
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 12), 'Python 3.11 or 3.12 is needed: make PYTHON=python3.11'"
