@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedgraft.platform.pretraining.loading import load_pretrain_config
     from fedgraft.platform.progress import Event
     from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison, read_run
+    from fedgraft.platform.verify import Verification, verify
     from fedgraft.protocols import Method, MethodConfig
     from fedgraft.registry import METHODS
     from fedgraft.tuning.experiment import run
@@ -44,6 +45,7 @@ __all__ = [
     "PretrainOutcome",
     "RunConfig",
     "RunResult",
+    "Verification",
     "examine",
     "export",
     "load_config",
@@ -55,6 +57,7 @@ __all__ = [
     "read_comparison",
     "read_run",
     "run",
+    "verify",
 ]
 
 _HOMES = {
@@ -69,6 +72,7 @@ _HOMES = {
     "PretrainOutcome": "fedgraft.platform.pretraining.command",
     "RunConfig": "fedgraft.platform.config",
     "RunResult": "fedgraft.platform.results",
+    "Verification": "fedgraft.platform.verify",
     "examine": "fedgraft.platform.doctor",
     "export": "fedgraft.platform.export",
     "load_config": "fedgraft.platform.loading",
@@ -80,6 +84,7 @@ _HOMES = {
     "read_comparison": "fedgraft.platform.results",
     "read_run": "fedgraft.platform.results",
     "run": "fedgraft.tuning.experiment",
+    "verify": "fedgraft.platform.verify",
 }
 
 _NAMES = {"methods": "list_methods"}  # a public name that is another one at home

@@ -28,7 +28,7 @@ app = typer.Typer(
     name="fedgraft",
     help="Personalised federated fine-tuning of Mixture-of-Experts language models, simulated on Ray.",
     epilog="Exit codes: 0 done, 1 other errors, 2 wrong configuration or input, 3 Ray, 4 a broken promise of a method, "
-    "5 too few clients answered, 6 checkpoint, 130 interrupted.",
+    "5 too few clients answered, 6 checkpoint, 7 verify found a difference, 130 interrupted.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -186,6 +186,30 @@ def report(
 
         path = rewrite_report(folders, output)
         Console().print(Text(str(path)), soft_wrap=True)
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a run, an experiment or a sweep.")],
+    second: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN_B]", help="Another one to compare it with; alone, RUN_A is held to its own hashes."),
+    ] = None,
+) -> None:
+    """Hash a run's tensors again, compare them and all records with another run's, and name the first difference."""
+    with _errors():
+        from fedgraft.platform.verify import verification_table
+
+        found = fedgraft.verify(first, second)
+        console = Console()
+        _show(verification_table(found), console)
+        for note in found.notes:
+            console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
+        if not found.is_same:
+            _complain("\n".join(f"differs: {difference}" for difference in found.differences[:10]), "red")
+            raise typer.Exit(7)
+        whose = "every tensor has the hash that the run wrote down" if second is None else "same bits"
+        console.print(Text(whose, style="green"))
 
 
 @app.command()

@@ -14,6 +14,8 @@
       CheckpointError             6   a checkpoint is torn, tampered with, or belongs to another run
       RunInterrupted            130   Ctrl-C; the run can be resumed
 
+(7 is ``fedgraft verify``'s, where two runs differ: an outcome, no error.)
+
 Messages say what was being done, what was expected, what came, and what to do next. All values go to
 ``super().__init__`` so that every error survives the trip between processes.
 """

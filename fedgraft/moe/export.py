@@ -15,7 +15,6 @@ Shape letters: E experts (1 where nothing is fused), R rank, I in features, O ou
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -35,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 from fedgraft.errors import ModelError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.graft import GRAFT, Graft, attach_grafts, grafts_of
+from fedgraft.moe.hashing import hash_tensors
 from fedgraft.moe.slots import frozen_names
 from fedgraft.types import AdapterSpec, GraftSpec, ParamRef, Params, Slots
 
@@ -346,12 +346,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def frozen_hash(model: nn.Module, refs: tuple[ParamRef, ...]) -> str:
     """SHA-256 over name, shape and bytes of every tensor that is no slot, as an engine's ``frozen_hash`` gives it."""
     parameters = dict(model.named_parameters())
-    digest = hashlib.sha256()
-    for name in frozen_names(model, refs):
-        tensor = parameters[name].detach()
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_tensors((name, parameters[name]) for name in frozen_names(model, refs))
 
 
 def largest_difference(model: nn.Module, other: nn.Module, num_tokens: int = 32) -> tuple[float, float]:

@@ -19,11 +19,12 @@ import safetensors
 from safetensors.torch import load_file
 
 from fedgraft.errors import CheckpointError
+from fedgraft.moe.hashing import hash_params
 from fedgraft.platform.run_folder import write_json
 from fedgraft.platform.state_store import ClientStateStore, write_tensors
 from fedgraft.types import Params, ServerState
 
-__all__ = ["Checkpoint", "load_latest", "save"]
+__all__ = ["Checkpoint", "hash_state", "load", "load_latest", "save"]
 
 _log = logging.getLogger(__name__)
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError)
@@ -81,20 +82,30 @@ def load_latest(folder: Path, *, store: ClientStateStore) -> Checkpoint | None:
     found = sorted(folder.glob("round-*"), reverse=True)
     for path in found:
         try:
-            return _load(path, store)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            safetensors.SafetensorError,
-            CheckpointError,
-        ) as error:
+            return load(path, store)
+        except CheckpointError as error:
             _log.warning("checkpoint %s is refused: %s", path, error)
     if found:
         raise CheckpointError(f"no checkpoint in {folder} is whole", "start the run anew in another folder")
     return None
+
+
+def load(path: Path, store: ClientStateStore) -> Checkpoint:
+    """Load one checkpoint, if its checksums and those of the private states that belong to it are right.
+
+    Raises:
+        CheckpointError: It is torn or changed; the message names the file.
+    """
+    try:
+        return _load(path, store)
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def hash_state(state: ServerState) -> str:
+    """SHA-256 over all of the server's state: tensors by kind and key with shapes, dtypes and bytes, and its notes."""
+    tensors = {f"{kind}/{key}": value for kind in _KINDS for key, value in getattr(state, kind).items()}
+    return hashlib.sha256(f"{hash_params(tensors)}|{_record_digest(dict(state.notes))}".encode()).hexdigest()
 
 
 def _load(path: Path, store: ClientStateStore) -> Checkpoint:

@@ -69,6 +69,9 @@ class FederationConfig(_Frozen):
     local_steps: int = Field(10, ge=1, le=1_000_000, description="Optimiser steps of a client in a round.")
     batch_size: int = Field(8, ge=1, le=65_536, description="Examples of a local step.")
     task_timeout_s: float = Field(3600.0, gt=0, description="Longest time that one client's task may take.")
+    max_update_bytes: int | None = Field(
+        None, ge=1, description="Largest reply of a client, bytes; null: four float32 copies of all slots, and 64 MiB."
+    )
     budgets: BudgetsConfig | None = Field(None, description="What clients may hold or train; null: everything.")
 
 

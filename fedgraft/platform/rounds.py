@@ -15,22 +15,23 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from fedgraft.actors.hosting import Finished, LostResult, Pool
-from fedgraft.aggregation.reduce import TreeSum, leaf
+from fedgraft.actors.hosting import LostResult, Pool
 from fedgraft.data.prepared import PreparedData
-from fedgraft.errors import CheckpointError, GroupViolation, MethodError, QuorumError, RunInterrupted, UpdateError
-from fedgraft.platform.checkpoint import Checkpoint, load_latest, save
+from fedgraft.errors import CheckpointError, GroupViolation, QuorumError, RunInterrupted
+from fedgraft.platform.checkpoint import Checkpoint, hash_state, load_latest, save
 from fedgraft.platform.config import EvaluationConfig, FederationConfig
 from fedgraft.platform.evaluation import Evaluator
 from fedgraft.platform.ledger import Entry, describe, entries
 from fedgraft.platform.progress import Event
+from fedgraft.platform.reduction import RefusedUpdate, sum_updates
+from fedgraft.platform.replies import ReplyLimits, check_reply
 from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.sampling import sample_cohort
 from fedgraft.platform.state_store import ClientStateStore
-from fedgraft.platform.task_checks import check_budget, check_cohort, check_task, check_weights, is_held, spread_names
+from fedgraft.platform.task_checks import check_budget, check_cohort, check_task, check_weights, is_held
 from fedgraft.platform.tracking import Tracker
 from fedgraft.platform.worker import WorkerSpec
-from fedgraft.protocols import Method, Reduced, Weights, merge_metrics
+from fedgraft.protocols import Method, Reduced, merge_metrics
 from fedgraft.registry import METHODS
 from fedgraft.types import (
     Assignment,
@@ -42,14 +43,13 @@ from fedgraft.types import (
     Federation,
     Group,
     ParamRef,
+    Params,
     RoundPlan,
     ServerState,
     TensorInfo,
 )
 
 __all__ = ["RoundLoop", "RunJob"]
-
-EXTRA = "extras/"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +126,7 @@ class RoundLoop:
         self._groups = facts[0]["groups"]
         self._refs = {ref.key: ref for ref in facts[0]["refs"]}
         method.federation = self._federation(facts[0])
+        self._limits = ReplyLimits.of(method.federation, job.federation.max_update_bytes)
         frozen = facts[0]["frozen_hash"]
         rounds = method.num_rounds(job.rounds)
         evaluator = Evaluator(
@@ -146,6 +147,7 @@ class RoundLoop:
         if checkpoint is None or (checkpoint.round_idx == 0 and rounds == 0):
             self._folder.truncate(-1)
             state = self._first_state()
+            self._note_hashes(0, state, ())
             done = 0
             if rounds == 0 or (job.evaluation.at_start and job.purpose == "run"):
                 self._evaluate(evaluator, state, 0, is_last=rounds == 0)
@@ -238,11 +240,7 @@ class RoundLoop:
         tasks = [self._task(state, plan, client_id, assignments.get(client_id), is_last=is_last) for client_id in cohort]
         shared = self._pool.share(Broadcast(round_idx=round_idx, params=state.params, extras=state.extras))
         outcomes, handles, rows = self._train(tasks, state, shared)
-        updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
-        self._check_quorum(updates, len(cohort), round_idx)
-        weights = method.weigh(state, updates)
-        check_weights(weights, len(updates))
-        reduced = self._reduce(tasks, outcomes, handles, weights, shared)
+        updates, reduced = self._average(state, tasks, outcomes, handles, shared)
         for task, again in self._made_again:
             down = (*self._describe_sent(task, state), *self._describe_requested(again, state))
             rows += _charge(task, down, None, num_tries=1, attempt=2)
@@ -252,6 +250,7 @@ class RoundLoop:
             if update.state_version is not None:
                 self._versions[update.client_id] = update.state_version
         metrics = self._record(round_idx, updates, rows, time.perf_counter() - started)
+        self._note_hashes(round_idx, new_state, updates)
         seen = method.observe_state(new_state)
         server = [{"round": round_idx, "client_id": None, "kind": kind, "values": values} for kind, values in seen.items()]
         self._folder.append("diagnostics", server)
@@ -294,10 +293,15 @@ class RoundLoop:
         left = list(range(len(tasks)))
         is_over = [False] * len(tasks)
         for attempt in range(1, self._job.federation.max_failures + 1):
+            answered: set[int] = set()
             for finished in self._pool.map("update", [tasks[i] for i in left], shared):
                 position = left[finished.index]
                 task = tasks[position]
-                outcome = self._check(task, state, finished)
+                if position in answered:
+                    self._note_failure(_duplicate(task))
+                    continue
+                answered.add(position)
+                outcome = check_reply(task, state, finished, self._limits)
                 outcomes[position] = outcome
                 if isinstance(outcome, ClientUpdate):
                     self._note_parts(task, outcome)
@@ -311,12 +315,15 @@ class RoundLoop:
                 break
         for last in outcomes:
             if isinstance(last, ClientFailure):
-                data: dict[str, Any] = {"client_id": last.client_id, "stage": last.stage, "error": last.error}
-                self._failures.append(data | {"round_idx": last.round_idx})
-                self._folder.write_info(failures=self._failures)
-                self._emit(Event(kind="failure", label=self._job.label, data=data))
+                self._note_failure(last)
         # In cohort order, whoever came first: the ledger is part of what must not depend on the replicas.
         return [last for last in outcomes if last is not None], handles, [row for each in rows for row in each]
+
+    def _note_failure(self, failure: ClientFailure) -> None:
+        data: dict[str, Any] = {"client_id": failure.client_id, "stage": failure.stage, "error": failure.error}
+        self._failures.append(data | {"round_idx": failure.round_idx})
+        self._folder.write_info(failures=self._failures)
+        self._emit(Event(kind="failure", label=self._job.label, data=data))
 
     def _known_parts(self, client_id: int, round_idx: int) -> int | None:
         """How many parts this client's batches were cut into by this round: a run that goes on does what it did."""
@@ -333,33 +340,6 @@ class RoundLoop:
         self._folder.write_info(batch_parts=listed)
         text = f"client {task.client_id} ran out of memory and cuts its batches into {update.num_parts} parts from round "
         self._emit(Event(kind="note", label=self._job.label, data={"text": f"{text}{task.round_idx} on"}))
-
-    def _check(self, task: ClientTask, state: ServerState, finished: Finished) -> ClientUpdate | ClientFailure:
-        """Refuse what does not fit the task: a wrong client or round, names or shapes that were not asked for."""
-        outcome = finished.value
-        error = finished.error
-        if error is None and not all(_agree(outcome, follower) for follower in finished.followers):
-            error = "the ranks of the replica do not agree on how the task went"
-        if error is None and isinstance(outcome, ClientFailure):
-            return outcome
-        if error is None:
-            if (outcome.client_id, outcome.round_idx) != (task.client_id, task.round_idx):
-                error = f"the reply is of client {outcome.client_id} in round {outcome.round_idx}"
-            known = set(task.keys) | set(outcome.requested)
-            params = [info for info in outcome.payload if info.group in ("shared", "assigned")]
-            unknown = [info.key for info in params if info.key not in known]
-            unknown += [name for name in outcome.requested.values() if name not in state.params]
-            if unknown:
-                error = f"the reply has tensors that were not sent to this client: {', '.join(unknown[:3])}"
-            else:
-                for info in params:
-                    expected = tuple(state.params[_address(task, outcome, info.key)].shape)
-                    if info.shape != expected:
-                        error = f"{info.key} has shape {info.shape}, sent was {expected}"
-        if error is None:
-            return outcome  # type: ignore[no-any-return]
-        stage = "replica" if finished.error is not None else "reply"
-        return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=error)
 
     def _describe_sent(self, task: ClientTask, state: ServerState) -> tuple[TensorInfo, ...]:
         """List what goes down to a client: parameters by group, extras."""
@@ -384,43 +364,34 @@ class RoundLoop:
                 "mend the cause or lower federation.min_clients, then resume",
             )
 
-    def _reduce(
+    def _average(
         self,
+        state: ServerState,
         tasks: Sequence[ClientTask],
-        outcomes: Sequence[ClientUpdate | ClientFailure],
-        handles: list[Any],
-        weights: Weights,
+        outcomes: list[ClientUpdate | ClientFailure],
+        handles: Sequence[Any],
         shared: Any,
-    ) -> Reduced:
-        """Sum the updates through the fixed tree, holding one client's tensors and a few partial sums at a time."""
-        tree = TreeSum(len(outcomes))
-        place = 0
-        for position, outcome in enumerate(outcomes):
-            if isinstance(outcome, ClientFailure):
-                tree.add(position, None)
-                continue
-            made_as = replace(tasks[position], num_parts=outcome.num_parts)
-            tensors = self._fetch(made_as, handles[position], shared)
-            handles[position] = None  # the store may let go of it
-            named: dict[str, torch.Tensor] = {}
-            for key, tensor in tensors.items():
-                for name in spread_names(weights, _address(tasks[position], outcome, key)):
-                    if name in named:
-                        raise MethodError(f"two tensors of client {outcome.client_id} would be summed as {name}", "see spread")
-                    named[name] = tensor
-            weight = {name: weights.of(name)[place] for name in named}
+    ) -> tuple[list[ClientUpdate], Reduced]:
+        """Weigh and sum what came; an update whose tensors turn out bad becomes a failure, and the rest is weighed again.
+
+        Handles are kept until the sum is whole: another pass needs them.
+        """
+        while True:
+            updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
+            self._check_quorum(updates, len(tasks), tasks[0].round_idx)
+            weights = self._method.weigh(state, updates)
+            check_weights(weights, len(updates))
+
+            def fetch(position: int) -> Params:
+                outcome = outcomes[position]
+                assert isinstance(outcome, ClientUpdate)
+                return self._fetch(replace(tasks[position], num_parts=outcome.num_parts), handles[position], shared)
+
             try:
-                tree.add(position, leaf(named, weight))
-            except UpdateError as error:
-                raise UpdateError(f"client {outcome.client_id}, round {outcome.round_idx}: {error}") from error
-            place += 1
-        total = tree.result()
-        mean = total.mean()
-        return Reduced(
-            delta={key: value for key, value in mean.items() if not key.startswith(EXTRA)},
-            extras={key.removeprefix(EXTRA): value for key, value in mean.items() if key.startswith(EXTRA)},
-            num_contributors=total.count,
-        )
+                return updates, sum_updates(tasks, outcomes, weights, fetch)
+            except RefusedUpdate as refused:
+                outcomes[refused.position] = refused.failure
+                self._note_failure(refused.failure)
 
     def _fetch(self, task: ClientTask, handle: Any, shared: Any) -> dict[str, torch.Tensor]:
         """Fetch a client's tensors; if they were lost with their node, the task is run again: same task, same bits."""
@@ -438,8 +409,7 @@ class RoundLoop:
     def _record(self, round_idx: int, updates: Sequence[ClientUpdate], rows: Sequence[Entry], seconds: float) -> dict[str, float]:
         """Write the round's lines and report its event; gives what tracking gets."""
         merged = merge_metrics(updates)
-        up = sum(row.bytes for row in rows if row.direction == "up")
-        down = sum(row.bytes for row in rows if row.direction == "down")
+        up, down = (sum(row.bytes for row in rows if row.direction == way and not row.is_retry) for way in ("up", "down"))
         tokens = torch.stack([update.expert_tokens for update in updates]).sum(dim=0)
         loss = merged["train_loss"].mean
         line = {
@@ -447,6 +417,7 @@ class RoundLoop:
             "train_loss": loss,
             "bytes_up": up,
             "bytes_down": down,
+            "bytes_retried": sum(row.bytes for row in rows if row.is_retry),
             "cohort": [update.client_id for update in updates],
             "client_train_loss": {str(update.client_id): update.metrics["train_loss"].mean for update in updates},
             "expert_tokens": tokens.tolist(),
@@ -469,6 +440,11 @@ class RoundLoop:
         self._emit(Event(kind="round", label=self._job.label, data=data))
         return {"train_loss": loss, "bytes_up": float(up), "bytes_down": float(down), "seconds": seconds}
 
+    def _note_hashes(self, round_idx: int, state: ServerState, updates: Sequence[ClientUpdate]) -> None:
+        """Write down what the server's state and the private states written in a round are, for ``fedgraft verify``."""
+        private = {str(update.client_id): update.state_hash for update in updates if update.state_hash is not None}
+        self._folder.append("hashes", [{"round": round_idx, "server": hash_state(state), "private": private}])
+
     def _evaluate(self, evaluator: Evaluator, state: ServerState, round_idx: int, *, is_last: bool) -> dict[str, float]:
         started = time.perf_counter()
         found = evaluator.judge(state, self._versions, round_idx, is_last=is_last)
@@ -490,11 +466,6 @@ class RoundLoop:
             )
 
 
-def _address(task: ClientTask, outcome: ClientUpdate, key: str) -> str:
-    """The server's name for what a client calls ``key``."""
-    return outcome.requested.get(key) or task.addresses.get(key, key)
-
-
 def usage_entropy(tokens_LE: torch.Tensor) -> list[float]:
     """Entropy of expert use by layer, nats; 0 where one expert gets everything, log E where all get the same."""
     shares = tokens_LE.double() / tokens_LE.sum(dim=1, keepdim=True).clamp_min(1)
@@ -513,9 +484,6 @@ def _charge(task: ClientTask, sent: Sequence[TensorInfo], outcome: Any, *, num_t
     return rows
 
 
-def _agree(leader: ClientUpdate | ClientFailure, follower: ClientUpdate | ClientFailure) -> bool:
-    """Whether two ranks tell the same of a task: sums over ranks are the same in all of them."""
-    if isinstance(leader, ClientFailure) or isinstance(follower, ClientFailure):
-        return isinstance(leader, ClientFailure) and isinstance(follower, ClientFailure)
-    same_steps = (leader.num_steps, leader.metrics) == (follower.num_steps, follower.metrics)
-    return same_steps and torch.equal(leader.expert_tokens, follower.expert_tokens)
+def _duplicate(task: ClientTask) -> ClientFailure:
+    error = "the client's reply came twice; the first one counts"
+    return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage="reply", error=error)

@@ -6,6 +6,7 @@ metrics.jsonl        one line a round
 evaluations.jsonl    one line a metric
 ledger.jsonl         bytes by client, direction and group
 diagnostics.jsonl    what methods noted: the choice of grafts, how far gates open, routing entropy
+hashes.jsonl         one line a round: the server's state, the private states that it wrote; see ``verify``
 partition.json       who has what
 checkpoints/         the server's state after a round; see ``checkpoint``
 clients/             private state of clients; see ``state_store``
@@ -21,7 +22,7 @@ from typing import Any
 
 __all__ = ["RECORDS", "RunFolder", "write_json"]
 
-RECORDS = ("metrics", "evaluations", "ledger", "diagnostics")
+RECORDS = ("metrics", "evaluations", "ledger", "diagnostics", "hashes")
 """Names of the files that grow by lines; every line has a ``round``."""
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fedgraft.errors import CheckpointError
 from fedgraft.types import Params
 
-__all__ = ["ClientStateStore", "write_tensors"]
+__all__ = ["ClientStateStore", "read_tensors", "write_tensors"]
 
 
 def write_tensors(tensors: Params, path: Path) -> None:
@@ -30,6 +30,19 @@ def write_tensors(tensors: Params, path: Path) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> Params:
+    """Load tensors that ``write_tensors`` wrote.
+
+    Raises:
+        CheckpointError: The file is missing or torn.
+    """
+    try:
+        found: Params = load_file(path)
+        return found
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "resume from an earlier round") from error
 
 
 class ClientStateStore:
@@ -56,12 +69,7 @@ class ClientStateStore:
         Raises:
             CheckpointError: The file is missing or torn.
         """
-        path = self.path(client_id, version)
-        try:
-            found: Params = load_file(path)
-            return found
-        except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"private state {path} cannot be read: {error}", "resume from an earlier round") from error
+        return read_tensors(self.path(client_id, version))
 
     def digest(self, client_id: int, version: int) -> str:
         """SHA-256 of the stored file."""

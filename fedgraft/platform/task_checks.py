@@ -6,6 +6,7 @@ far from the method's mistake.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -175,10 +176,10 @@ def _check_assignment(whose: str, assignment: Assignment | None, federation: Fed
 
 
 def check_weights(weights: Weights, num_updates: int) -> None:
-    """Refuse weights that are not one a client that answered.
+    """Refuse weights that are not one a client that answered, or that are negative or not finite.
 
     Raises:
-        MethodError: It says how many there are.
+        MethodError: It names them.
     """
     given = {"default": weights.default} | dict(weights.by_key)
     for name, values in given.items():
@@ -187,6 +188,8 @@ def check_weights(weights: Weights, num_updates: int) -> None:
                 f"weigh() gave {len(values)} weights for {name}, and {num_updates} clients answered",
                 "give one weight for each update, in the order of the updates",
             )
+        if bad := [value for value in values if not (math.isfinite(value) and value >= 0)]:
+            raise MethodError(f"weigh() gave the weight {bad[0]} for {name}", "weights are finite and at least 0")
 
 
 def spread_names(weights: Weights, name: str) -> tuple[str, ...]:

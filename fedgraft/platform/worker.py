@@ -25,6 +25,7 @@ from fedgraft.data.tokenise import load_tokenizer, pad_token_id
 from fedgraft.errors import BudgetViolation, GroupViolation, ModelError, ReplicaError, UpdateError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
+from fedgraft.moe.hashing import hash_params
 from fedgraft.moe.sharding import full_shape, gathered
 from fedgraft.moe.surgery import mask_experts
 from fedgraft.platform.ledger import describe, refuse_private
@@ -343,6 +344,7 @@ class ClientWorker:
         delta = {key: value - start[key] for key, value in trained.items()}
         self._check_held(task, [*delta, *session.requested])
         version: int | None = None
+        state_hash: str | None = None
         if self.private:
             session.private.update(self.engine.read(self.private))
             session.private.update({f"optimizer/{key}": value for key, value in result.optimizer_state.items()})
@@ -372,6 +374,7 @@ class ClientWorker:
             version = task.round_idx
             if self.engine.is_leader:
                 self._store.write(task.client_id, version, session.private)
+                state_hash = hash_params(session.private)
         payload = (
             *describe(delta, self.groups),
             *describe(extras, {}, kind="extras"),
@@ -383,7 +386,7 @@ class ClientWorker:
         diagnostics = dict(update.diagnostics) | session.diagnostics
         if task.hashes_frozen:
             diagnostics["frozen_hash"] = self.engine.frozen_hash()
-        update = replace(update, payload=payload, state_version=version, diagnostics=diagnostics)
+        update = replace(update, payload=payload, state_version=version, state_hash=state_hash, diagnostics=diagnostics)
         return update, delta | {f"extras/{key}": value for key, value in extras.items()}
 
     def _check_held(self, task: ClientTask, keys: Sequence[str]) -> None:

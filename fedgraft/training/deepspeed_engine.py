@@ -22,6 +22,7 @@ from torch import nn
 
 from fedgraft.errors import ModelError, ReplicaError, UpdateError
 from fedgraft.moe.families import model_facts
+from fedgraft.moe.hashing import add_tensor
 from fedgraft.moe.sharding import gathered
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
 from fedgraft.protocols import Objective, Terms, TrainResult, TrainSpec
@@ -161,9 +162,7 @@ class DeepSpeedEngine:
                 continue
             parameter = self._parameters[name]
             with gathered([parameter]):
-                tensor = parameter.detach()
-                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                add_tensor(digest, name, parameter)
         return digest.hexdigest()
 
     def _push(self, names: Iterable[str]) -> None:

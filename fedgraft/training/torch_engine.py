@@ -5,7 +5,6 @@ Shape letters: B batch, S sequence, T tokens, N label tokens, D model, V vocabul
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from fedgraft.errors import UpdateError
 from fedgraft.moe.families import model_facts
+from fedgraft.moe.hashing import hash_tensors
 from fedgraft.moe.slots import add_slots, frozen_names, initial_params
 from fedgraft.protocols import Objective, Terms, TrainResult, TrainSpec
 from fedgraft.training.step import RoutingCounter, part_loss, part_of_batch, require_labels, to_device
@@ -148,12 +148,7 @@ class TorchEngine:
 
     def frozen_hash(self) -> str:
         """SHA-256 over name, shape and bytes of every tensor of the model that is no slot."""
-        digest = hashlib.sha256()
-        for name in self._frozen:
-            tensor = self._parameters[name].detach()
-            digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_tensors((name, self._parameters[name]) for name in self._frozen)
 
     def _backward(
         self, cpu_batch: Batch, num_parts: int, counter: RoutingCounter, hooks: tuple[Terms | None, Objective | None], step: int
