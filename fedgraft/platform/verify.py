@@ -294,7 +294,7 @@ def _tensor_differences(name: str, first: _Run, second: _Run) -> Iterator[Differ
     """The first tensor that differs in each checkpoint that both have, and in each private state of it."""
     paths = first.checkpoint_paths(), second.checkpoint_paths()
     for at in sorted(paths[0].keys() & paths[1].keys()):
-        pair = [_read_loosely(by_round[at]) for by_round in paths]
+        pair = [_read_loosely(by_round[at] / "state.safetensors") for by_round in paths]
         if pair[0] is None or pair[1] is None:
             continue  # its own run has been told of it
         what = _first_difference(pair[0], pair[1])
@@ -310,7 +310,7 @@ def _tensor_differences(name: str, first: _Run, second: _Run) -> Iterator[Differ
 def _read_loosely(path: Path) -> Params | None:
     """Tensors of a file even where its checksum is wrong, to name the one that is; ``None`` if they cannot be read."""
     try:
-        return read_tensors(path / "state.safetensors")
+        return read_tensors(path)
     except CheckpointError:
         return None
 
