@@ -55,7 +55,7 @@ __all__ = [
 class AdapterConfig(BaseModel):
     """LoRA of a method: rank >= 1, scaled by alpha / rank, dropout in [0, 1) on its input."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rank: int = Field(8, ge=1, le=4096, description="Rank.")
     alpha: float = Field(16.0, gt=0, le=65_536, description="The update is scaled by alpha / rank.")
@@ -69,7 +69,7 @@ class AdapterConfig(BaseModel):
 class MethodConfig(BaseModel):
     """Options of a method; each method has its own subclass beside it. ``name`` picks the method."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
 

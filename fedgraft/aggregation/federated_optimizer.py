@@ -62,7 +62,7 @@ class FederatedOptimizer:
 class OptimizerOptions(BaseModel, ABC):
     """Options of a federated optimiser; ``name`` picks it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
 

@@ -30,7 +30,7 @@ Preset: TypeAlias = Literal["auto", "dolly", "alpaca", "gsm8k", "messages", "cus
 class _Frozen(BaseModel):
     """Frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FieldMap(_Frozen):
@@ -111,7 +111,10 @@ class SourceConfig(_Frozen):
     @field_validator("path", mode="after")
     @classmethod
     def _expand_home(cls, path: Path | None) -> Path | None:
-        return path.expanduser() if path is not None else None
+        try:
+            return path.expanduser() if path is not None else None
+        except RuntimeError:
+            raise ValueError("expected a path whose home folder is known") from None
 
     @model_validator(mode="after")
     def _config_name_has_an_effect(self) -> Self:

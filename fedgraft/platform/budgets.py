@@ -32,7 +32,7 @@ class BudgetsConfig(BaseModel):
     one device a record; its defaults read the phones of the AI Benchmark ranking (``RAM`` "8GB", ``FP32_Score`` "716").
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     experts_per_layer: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, min_length=1, description="Routed experts a layer that a client may hold or train; each client draws one."

@@ -37,7 +37,7 @@ __all__ = [
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(_Frozen):
@@ -68,7 +68,7 @@ class FederationConfig(_Frozen):
     max_failures: int = Field(3, ge=1, description="Tries of one client's task before it counts as failed.")
     local_steps: int = Field(10, ge=1, le=1_000_000, description="Optimiser steps of a client in a round.")
     batch_size: int = Field(8, ge=1, le=65_536, description="Examples of a local step.")
-    task_timeout_s: float = Field(3600.0, gt=0, description="Longest time that one client's task may take.")
+    task_timeout_s: float = Field(3600.0, gt=0, le=1e8, description="Longest time that one client's task may take.")
     max_update_bytes: int | None = Field(
         None, ge=1, description="Largest reply of a client, bytes; null: four float32 copies of all slots, and 64 MiB."
     )
@@ -113,9 +113,11 @@ class ExecutorConfig(_Frozen):
     replicas: int | None = Field(None, ge=1, le=10_000, description="Replicas; null: as many as cores, clients and memory allow.")
     threads: int = Field(1, ge=1, le=256, description="Threads of each rank of a replica; sums depend on it, so results do.")
     gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica, shared by its ranks; a fraction shares one.")
-    rank_grace_s: float = Field(60.0, gt=0, description="How long the other ranks of a task may take once one has ended it.")
+    rank_grace_s: float = Field(
+        60.0, gt=0, le=1e8, description="How long the other ranks of a task may take once one has ended it."
+    )
     address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, else one of its own.")
-    start_timeout_s: float = Field(300.0, gt=0, description="Longest wait for Ray and its actors to start.")
+    start_timeout_s: float = Field(300.0, gt=0, le=1e8, description="Longest wait for Ray and its actors to start.")
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:

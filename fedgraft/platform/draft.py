@@ -13,9 +13,13 @@ import yaml
 from pydantic import BaseModel
 
 from fedgraft.errors import ConfigError, Problem
+from fedgraft.platform.paths import Place, look_up
 from fedgraft.platform.validation import Found, KeyPath, did_you_mean, path_text, show_value
 
 __all__ = ["Draft", "apply_overrides", "expanded", "nearest_path", "read_draft", "to_yaml"]
+
+_MAX_VALUES = 100_000
+_MAX_BYTES = 2**20
 
 
 @dataclass(slots=True)
@@ -65,8 +69,7 @@ def read_draft(source: Path | str | Mapping[str, Any] | None, packaged: str) -> 
     if source is None:
         name, text = f"{packaged} (packaged)", resources.files("fedgraft.platform").joinpath(packaged).read_text("utf-8")
     else:
-        path = Path(source).expanduser()
-        name, text = str(path), _read_text(path)
+        name, text = str(source), _read_text(look_up(source))
     draft = Draft(source=name)
     value = _parse(text, draft.lines, draft.found, name)
     if value is None:
@@ -78,20 +81,25 @@ def read_draft(source: Path | str | Mapping[str, Any] | None, packaged: str) -> 
     return draft
 
 
-def _read_text(path: Path) -> str:
-    expected, hint = "a YAML file", ""
-    if path.is_file():
+def _read_text(place: Place) -> str:
+    path, expected, hint = place.path, "a YAML file", ""
+    if place.kind == "file":
         try:
-            return path.read_text("utf-8")
+            if path.stat().st_size > _MAX_BYTES:  # YAML is read at a few hundred kilobytes a second: it would look like a hang
+                expected, hint = f"a YAML file of at most {_MAX_BYTES // 1024} KiB", "is this a file of data?"
+            else:
+                return path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             expected, hint = "a text file in UTF-8 that can be read", str(error)
-    elif path.is_dir():
+    elif place.kind == "folder":
         hint = "this is a folder"
+    elif place.kind == "other":
+        hint = "this is a pipe or a device; write it into a file first"
     else:
         expected = "a YAML file that exists"
         folder = path.parent
-        names = [each.name for each in folder.glob("*.y*ml")] if folder.is_dir() else []
-        hint = did_you_mean(path.name, names) or f"relative to {Path.cwd()}"
+        names = [each.name for each in folder.glob("*.y*ml")] if look_up(folder).kind == "folder" else []
+        hint = place.reason or did_you_mean(path.name, names) or f"relative to {Path.cwd()}"
     raise ConfigError(str(path), (Problem(path="<file>", value=show_value(str(path)), expected=expected, hint=hint),))
 
 
@@ -102,6 +110,8 @@ def _parse(text: str, lines: dict[KeyPath, int], found: list[Found], source: str
         node = loader.get_single_node()
         if node is None:
             return None
+        if _count_values(node, {}) > _MAX_VALUES:
+            raise yaml.YAMLError(f"more than {_MAX_VALUES} values, aliases counted as often as they are used")
         _note_lines(node, (), lines, found, set())
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -109,12 +119,27 @@ def _parse(text: str, lines: dict[KeyPath, int], found: list[Found], source: str
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark is not None else "somewhere"
         reason = ": ".join(part for part in (error.context, error.problem) if part)
         problem = Problem(path="<file>", value=f"a syntax error in {where}", expected="YAML", hint=reason)
-    except (yaml.YAMLError, ValueError) as error:
-        # A date that is none and a number of too many digits are plain ValueErrors of the constructor.
-        problem = Problem(path="<file>", value="text that YAML cannot read", expected="YAML", hint=str(error).splitlines()[0])
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # A date that is none, a number of too many digits, a tag that its value does not fit: whatever the constructor runs into.
+        hint = (
+            str(error).partition("\n")[0]
+            if isinstance(error, yaml.YAMLError | ValueError)
+            else "a tag (!!) does not fit its value"
+        )
+        problem = Problem(path="<file>", value="text that YAML cannot read", expected="YAML", hint=hint)
     except RecursionError:
         problem = Problem(path="<file>", value="values nested too deeply", expected="YAML")
     raise ConfigError(source, (problem,))
+
+
+def _count_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for: ten lines of aliases of aliases can stand for more than any memory holds."""
+    if id(node) not in known:
+        known[id(node)] = 1  # an alias inside its own anchor counts once; it is refused later, in ``_plain``
+        if isinstance(node, yaml.CollectionNode):
+            parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            known[id(node)] += sum(_count_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _note_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], found: list[Found], active: set[int]) -> None:
@@ -211,10 +236,13 @@ def _set(draft: Draft, parts: Sequence[str], value: Any) -> KeyPath:
 
 
 def nearest_path(given: str | Path) -> str:
-    """Name a neighbour with nearly the same name, else what a relative path is relative to."""
-    path = Path(given).expanduser()
+    """Say why a path cannot be looked up, or name a neighbour with nearly the same name, or what it is relative to."""
+    place = look_up(given)
+    if place.reason:
+        return place.reason
+    path = place.path
     try:
-        names = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        names = [each.name for each in path.parent.iterdir()] if look_up(path.parent).kind == "folder" else []
     except OSError:
         names = []
     near = difflib.get_close_matches(path.name, names, n=1)

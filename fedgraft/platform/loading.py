@@ -14,6 +14,7 @@ import fedgraft.aggregation  # noqa: F401  (its files register the methods that 
 from fedgraft.errors import MethodError
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.draft import Draft, apply_overrides, expanded, nearest_path, read_draft, to_yaml
+from fedgraft.platform.paths import look_up, unknown_homes
 from fedgraft.platform.validation import Found, KeyPath, did_you_mean, key_places, show_value, validate
 from fedgraft.protocols import MethodConfig
 from fedgraft.registry import METHODS, load_entry_points, load_method_file
@@ -54,6 +55,9 @@ def load_config(
         reported = {each.path for each in draft.found}
         named = _missing_inputs(draft.tree if config is None else config.model_dump())
         draft.found += [each for each in named if each.path not in reported]
+    if config is not None:
+        reported = {each.path for each in draft.found}
+        draft.found += [each for each in unknown_homes(config) if each.path not in reported]
     if draft.found or config is None:
         raise draft.error()
     return _expand_home(config)
@@ -94,12 +98,6 @@ def dump_config(config: RunConfig) -> str:
     return to_yaml(_in_order_of(full, stated))
 
 
-# Reading.
-
-
-# Overrides.
-
-
 # Building.
 
 
@@ -108,13 +106,17 @@ def _load_method_files(draft: Draft) -> None:
     for idx, name in enumerate(files if isinstance(files, list) else ()):
         if not isinstance(name, str | Path):
             continue  # the tree's own check says so
-        path = Path(name).expanduser()
-        try:
-            load_method_file(path)
-        except MethodError as error:
-            expected = "a Python file that can be imported" if path.is_file() else "a Python file that exists"
-            hint = error.message if path.is_file() else ""
-            draft.found.append(Found(path=("method_files", idx), value=show_value(str(name)), expected=expected, hint=hint))
+        place = look_up(name)
+        expected, hint = "a Python file that exists", ""
+        if place.kind == "file":
+            try:
+                load_method_file(place.path)
+                continue
+            except MethodError as error:
+                expected, hint = "a Python file that can be imported", error.message
+        else:
+            hint = nearest_path(name)
+        draft.found.append(Found(path=("method_files", idx), value=show_value(str(name)), expected=expected, hint=hint))
 
 
 def _build_methods(draft: Draft) -> dict[KeyPath, MethodConfig]:
@@ -206,25 +208,32 @@ def _missing_inputs(tree: Mapping[str, Any]) -> Iterator[Found]:
         ("federation", "budgets", "profile"),
     ):
         given = _get(tree, path)
-        if isinstance(given, str | Path) and not Path(given).expanduser().exists():
-            yield Found(
-                path=path, value=show_value(str(given)), expected="a file or folder that exists", hint=nearest_path(given)
-            )
+        if isinstance(given, str | Path) and look_up(given).kind not in ("file", "folder"):
+            yield _missing(path, given, "a file or folder that exists")
     given = _get(tree, ("model", "path"))
     if isinstance(given, str | Path):
-        folder = Path(given).expanduser()
-        expected = "a Hugging Face folder that exists" if not folder.is_dir() else "a folder with a config.json"
-        if not (folder / "config.json").is_file():
-            hint = "" if folder.is_dir() else nearest_path(given)
-            yield Found(path=("model", "path"), value=show_value(str(given)), expected=expected, hint=hint)
-    for idx, name in enumerate(_get(tree, ("method_files",)) or ()):
-        if isinstance(name, str | Path) and not Path(name).expanduser().is_file():
-            expected = "a Python file that exists"
-            yield Found(path=("method_files", idx), value=show_value(str(name)), expected=expected, hint=nearest_path(name))
+        folder = look_up(given)
+        if folder.kind != "folder":
+            yield _missing(("model", "path"), given, "a Hugging Face folder that exists")
+        elif look_up(folder.path / "config.json").kind != "file":
+            yield Found(path=("model", "path"), value=show_value(str(given)), expected="a folder with a config.json")
+    files = _get(tree, ("method_files",))
+    for idx, name in enumerate(files if isinstance(files, list | tuple) else ()):
+        if isinstance(name, str | Path) and look_up(name).kind != "file":
+            yield _missing(("method_files", idx), name, "a Python file that exists")
     for path in (("output", "folder"), ("output", "cache")):
         given = _get(tree, path)
-        if isinstance(given, str | Path) and Path(given).expanduser().is_file():
+        if not isinstance(given, str | Path):
+            continue
+        place = look_up(given)
+        if place.kind in ("file", "other"):
             yield Found(path=path, value=show_value(str(given)), expected="a folder, not a file")
+        elif place.reason:
+            yield Found(path=path, value=show_value(str(given)), expected="a folder that can be made", hint=place.reason)
+
+
+def _missing(path: KeyPath, given: str | Path, expected: str) -> Found:
+    return Found(path=path, value=show_value(str(given)), expected=expected, hint=nearest_path(given))
 
 
 def _expand_home(config: RunConfig) -> RunConfig:

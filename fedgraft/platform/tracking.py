@@ -49,7 +49,7 @@ class TrackingConfig(BaseModel):
         experiment: MLflow's experiment; made where it does not exist.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     enabled: bool = True
     uri: str | None = None

@@ -39,7 +39,9 @@ class Found:
     def problem(self, note: str = "") -> Problem:
         """Give the problem as users see it; ``note`` says where its key was written."""
         hint = "; ".join(part for part in (self.hint, note) if part)
-        return Problem(path=path_text(self.path), value=self.value, expected=self.expected, hint=hint)
+        return Problem(
+            path=_one_line(path_text(self.path)), value=self.value, expected=_one_line(self.expected), hint=_one_line(hint)
+        )
 
 
 @dataclass(slots=True)
@@ -118,6 +120,11 @@ def show_value(value: object) -> str:
             text = repr(value)
         text = ascii(text.removesuffix("...").strip())[1:-1]
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 4]} ..."
+
+
+def _one_line(text: str) -> str:
+    """Keys and other people's messages as one line of printable ASCII: they may hold anything, terminal codes too."""
+    return re.sub(r"[^ -~]", lambda found: ascii(found.group())[1:-1], " ".join(text.split()))
 
 
 def _plain(value: object) -> object:

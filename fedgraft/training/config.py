@@ -25,7 +25,7 @@ class EngineConfig(BaseModel):
     else plain PyTorch, since on one CPU DeepSpeed brings nothing but start-up time.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["auto", "torch", "deepspeed"] = Field("auto", description="Training engine.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas put their model.")

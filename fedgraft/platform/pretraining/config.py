@@ -40,7 +40,7 @@ _FROM_ELSEWHERE = {
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PretrainDataConfig(SourceConfig):

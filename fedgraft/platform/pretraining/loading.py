@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedgraft.platform.draft import apply_overrides, expanded, nearest_path, read_draft, to_yaml
+from fedgraft.platform.paths import look_up, unknown_homes
 from fedgraft.platform.pretraining.config import PretrainConfig
 from fedgraft.platform.validation import Found, key_places, show_value, validate
 
@@ -32,9 +33,11 @@ def load_pretrain_config(source: Path | str | Mapping[str, Any] | None = None, o
     if config is not None:
         for section in ("data", "tokenizer"):
             given = getattr(config, section).path
-            if given is not None and not given.expanduser().exists():
+            if given is not None and look_up(given).kind not in ("file", "folder"):
                 shown, hint = show_value(str(given)), nearest_path(given)
                 draft.found.append(Found(path=(section, "path"), value=shown, expected="a file or folder that exists", hint=hint))
+        reported = {each.path for each in draft.found}
+        draft.found += [each for each in unknown_homes(config) if each.path not in reported]
     if draft.found or config is None:
         raise draft.error()
     return cast(PretrainConfig, expanded(config))
