@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
+import re
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -291,4 +292,5 @@ def _errors() -> Iterator[None]:
 
 
 def _complain(text: str, style: str) -> None:
+    text = re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found.group())[1:-1], text)  # names in a user's files
     Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)

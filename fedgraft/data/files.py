@@ -22,7 +22,16 @@ Record: TypeAlias = dict[str, Any]
 """One record as it lies in a file: values by field name."""
 
 _READABLE = (".jsonl", ".json", ".csv", ".parquet")
-_UNREADABLE_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pyarrow.ArrowException)
+_UNREADABLE_ERRORS = (
+    OSError,
+    EOFError,
+    zlib.error,
+    UnicodeDecodeError,
+    csv.Error,
+    pyarrow.ArrowException,
+    OverflowError,  # a date that Python has no value for
+)
+_ENCODING = "utf-8-sig"  # with or without the mark that Windows puts first
 
 
 def is_text_file(path: Path) -> bool:
@@ -91,8 +100,8 @@ def _kind(path: Path) -> str:
 
 def _open(path: Path) -> TextIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding=_ENCODING, newline="")
+    return path.open(encoding=_ENCODING, newline="")
 
 
 @contextmanager
@@ -146,9 +155,10 @@ def _read_csv(path: Path) -> list[Record]:
 def _parse(text: str, path: Path, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
         raise DataError(
-            f"data file {path}, {place}: not JSON ({error.msg} at column {error.colno})",
+            f"data file {path}, {place}: not JSON ({reason})",
             "mend it; .jsonl has one JSON object a line, .json one list of objects",
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ _PRESETS: dict[str, FieldMap] = {
     "alpaca": FieldMap(prompt="instruction", context="input", response="output"),
     "gsm8k": FieldMap(prompt="question", response="answer"),
 }
+_MAX_CHARACTERS = 1_000_000
+"""Longest text of a field: a torn file may hold all of its records in one, and tokenising that would look like a hang."""
+
 _CUSTOM_HINT = "set preset: custom and name the fields, e.g. fields: {prompt: question, response: answer}"
 
 
@@ -244,6 +248,13 @@ def _text(record: Record, field: str, place: str) -> str:
     value = _require(record, field, place)
     if value is None:
         return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{place}: field {field!r} holds {value}, expected text", "where it stands for nothing, write null")
+    if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
+        raise DataError(
+            f"{place}: field {field!r} holds {len(value)} characters, expected at most {_MAX_CHARACTERS}",
+            "is a line break or a quote missing? else cut it: far fewer tokens than that are used (data.max_length)",
+        )
     if isinstance(value, (str, int, float)):
         return str(value).encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair; tokenizers fail on it
     raise DataError(f"{place}: field {field!r} holds a {type(value).__name__}, expected text", _CUSTOM_HINT)
