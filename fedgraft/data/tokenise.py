@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         DataError: There is none, or it has no end-of-sequence token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its backend does
         raise DataError(
             f"no tokenizer can be loaded from {folder} ({type(error).__name__}: {error})",

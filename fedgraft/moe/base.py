@@ -28,7 +28,7 @@ from fedgraft.errors import ModelError
 from fedgraft.moe.families import family_of, model_facts
 from fedgraft.types import ModelFacts
 
-__all__ = ["cache_base", "facts_of", "fingerprint_folder", "num_parameters", "open_base"]
+__all__ = ["cache_base", "facts_of", "fingerprint_folder", "num_parameters", "open_base", "read_config"]
 
 _WEIGHTS = "model.safetensors"
 _DONE = "base.json"
@@ -52,15 +52,7 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
             cannot be undone.
     """
     source = Path(model)
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model {model!r} cannot be read: {_first_line(error)}",
-            "name a local Hugging Face folder (config.json, *.safetensors, tokenizer) or a hub name that you can reach",
-        ) from error
-    family_of(config)
-    model_facts(config)
+    config = read_config(model, trusts_remote_code=trusts_remote_code)
     _dequantise(config, model)
     identity = fingerprint_folder(source) if source.is_dir() else f"hub:{model}@{getattr(config, '_commit_hash', None)}"
     versions = f"{transformers.__version__}|{torch.__version__}|{safetensors.__version__}"
@@ -68,28 +60,12 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
     folder = cache / f"{family_of(config).model_type}-{digest}"
     if (folder / _DONE).is_file():
         return folder
-    try:
-        with _without_noise():
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                model,
-                config=config,
-                dtype=getattr(torch, dtype),
-                trust_remote_code=trusts_remote_code,
-                output_loading_info=True,
-                use_safetensors=True,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        bad = _bad_shards(source)
+    if getattr(config, "quantization_config", None) is None and (odd := _integer_weights(source)):
         raise ModelError(
-            f"model {model!r} cannot be loaded: {'; '.join(bad) or _first_line(error)}",
-            "fetch these files again"
-            if bad
-            else "a shard may be missing or truncated, or the weights are not safetensors (pickled .bin files are refused)",
-        ) from error
-    if info["missing_keys"]:
-        # transformers fills them with random numbers and goes on
-        raise ModelError(f"model {model!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "fetch the folder again")
+            f"model {model!r} holds {odd}, expected floating-point weights",
+            "name a checkpoint that is not quantised, or one whose config.json says how (quantization_config)",
+        )
+    loaded, tokenizer = _load(model, config, dtype, trusts_remote_code=trusts_remote_code)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,18 +88,91 @@ def cache_base(model: str, dtype: str, cache: Path, *, trusts_remote_code: bool 
     return folder
 
 
+def read_config(model: str, *, trusts_remote_code: bool = False) -> Any:
+    """Read a model's HF config and check that it describes a MoE model that can be built; see ``cache_base`` for ``model``.
+
+    Raises:
+        ModelError: It cannot be read, its sizes make no model, the family is unknown, or it has no experts.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
+    except Exception as error:  # the file may hold anything, and each family checks its own fields in its own way
+        raise ModelError(
+            f"model {model!r} cannot be read: {_brief(error)}",
+            "name a local Hugging Face folder (config.json, *.safetensors, tokenizer) or a hub name that you can reach",
+        ) from error
+    try:
+        family_of(config)
+        model_facts(config)
+    except ModelError:
+        raise
+    except Exception as error:  # sizes that are no sizes: division by zero, texts, negative numbers
+        raise ModelError(f"model {model!r} has a config.json whose sizes make no model: {_brief(error)}", "check the file") from error
+    return config
+
+
+def _load(model: str, config: Any, dtype: str, *, trusts_remote_code: bool) -> tuple[Any, Any]:
+    """Load the whole checkpoint and its tokenizer, refusing what transformers would fill up or leave out."""
+    try:
+        with _without_noise():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                model,
+                config=config,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trusts_remote_code,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
+            )
+    except Exception as error:  # torn files, indices that are none, and what a checkpoint's own code raises
+        bad = _bad_shards(Path(model))
+        raise ModelError(
+            f"model {model!r} cannot be loaded: {'; '.join(bad) or _brief(error)}",
+            "fetch these files again"
+            if bad
+            else "a shard may be missing or truncated, or the weights are not safetensors (pickled .bin files are refused)",
+        ) from error
+    if info["missing_keys"]:
+        # transformers fills them with random numbers and goes on
+        raise ModelError(f"model {model!r} lacks {', '.join(sorted(info['missing_keys'])[:3])}", "fetch the folder again")
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ModelError(
+            f"model {model!r}: {len(info['mismatched_keys'])} weights have other shapes than config.json says; "
+            f"{name} is {tuple(found)}, expected {tuple(expected)}",
+            "weights and config.json are of different models; fetch the folder again",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trusts_remote_code)
+        words = tokenizer("a b")["input_ids"]
+    except Exception as error:  # as above
+        raise ModelError(
+            f"the tokenizer of model {model!r} cannot be loaded: {_brief(error)}",
+            "the folder needs tokenizer.json and tokenizer_config.json; fetch them again",
+        ) from error
+    if not words:
+        # transformers makes an empty one where the files are missing
+        raise ModelError(f"model {model!r} has no tokenizer", "put tokenizer.json and tokenizer_config.json into the folder")
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer of model {model!r} has {len(tokenizer)} tokens, but the model {config.vocab_size} (vocab_size)",
+            "use the tokenizer that the model was trained with, or give the model rows for the tokens that were added",
+        )
+    return loaded, tokenizer
+
+
 def open_base(folder: Path, device: str = "cpu") -> nn.Module:
     """Build the model over the mapped weights, frozen and in eval mode; no copy is made on a CPU.
 
     Raises:
         ModelError: The file is torn, or a weight is missing from it.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
         weights = load_file(folder / _WEIGHTS, device=device)
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelError(
-            f"base {folder} cannot be read: {_first_line(error)}", "delete this folder; it is written again"
+            f"base {folder} cannot be read: {_brief(error)}", "delete this folder; it is written again"
         ) from error
     dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
@@ -145,7 +194,7 @@ def _dequantise(config: Any, model: str) -> None:
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is None:
         return
-    method = quantisation.get("quant_method")
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
     if method not in _DEQUANTISED:
         raise ModelError(
             f"model {model!r} is quantised with {method!r} (quantization_config in its config.json)",
@@ -156,16 +205,12 @@ def _dequantise(config: Any, model: str) -> None:
 
 def facts_of(model: str, *, trusts_remote_code: bool = False) -> ModelFacts:
     """Read a model's sizes from its config alone; see ``cache_base`` for ``model`` and errors."""
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {model!r} cannot be read: {_first_line(error)}", "name a local folder or a hub name") from error
-    return model_facts(config)
+    return model_facts(read_config(model, trusts_remote_code=trusts_remote_code))
 
 
 def num_parameters(model: str, *, trusts_remote_code: bool = False) -> int:
     """Count a model's parameters from its config alone, tied ones once."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trusts_remote_code)
+    config = read_config(model, trusts_remote_code=trusts_remote_code)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
     built.tie_weights()
@@ -176,7 +221,7 @@ def fingerprint_folder(folder: Path) -> str:
     """SHA-256 over names and contents of a checkpoint's configuration, tokenizer and weight files."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}:
+        if path.is_file() and path.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}:
             digest.update(path.name.encode())
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -224,7 +269,7 @@ def _bad_shards(folder: Path) -> list[str]:
     if index.is_file():
         try:
             names |= set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             return [f"{index.name} is no index of shards ({type(error).__name__})"]
     found = []
     for name in sorted(names):
@@ -235,9 +280,25 @@ def _bad_shards(folder: Path) -> list[str]:
             with safetensors.safe_open(folder / name, framework="pt"):
                 pass
         except (OSError, safetensors.SafetensorError) as error:
-            found.append(f"{name} is truncated or no safetensors file ({_first_line(error)})")
+            found.append(f"{name} is truncated or no safetensors file ({_brief(error)})")
     return found
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _integer_weights(folder: Path) -> str:
+    """Name a tensor of a local folder that holds no floating-point numbers, with its type; transformers would convert it."""
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safetensors.safe_open(path, framework="pt") as stream:
+                for name in stream.keys():  # noqa: SIM118  (it is no mapping)
+                    kind = stream.get_slice(name).get_dtype()
+                    if not kind.startswith(("F", "BF")):
+                        return f"{name} as {kind}"
+        except (OSError, safetensors.SafetensorError):
+            return ""  # loading says what is wrong with it
+    return ""
+
+
+def _brief(error: Exception) -> str:
+    """An error of others on one line: their validators put the reason on the second."""
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else f"{text[:296]} ...") or type(error).__name__

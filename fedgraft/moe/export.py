@@ -228,7 +228,7 @@ def _write_model(merged: Params, base: BaseReference, folder: Path) -> None:
     except OSError:
         model.generation_config = GenerationConfig.from_model_config(model.config)  # the base has none of its own
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base.cached).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base.cached, trust_remote_code=False).save_pretrained(folder)
 
 
 def _write_grafts(model: nn.Module, spec: GraftSpec, folder: Path) -> None:

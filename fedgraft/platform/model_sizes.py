@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from fedgraft.errors import ModelError
-from fedgraft.moe.base import facts_of
+from fedgraft.moe.base import read_config
 from fedgraft.moe.families import family_of, model_facts
 from fedgraft.moe.slots import add_slots
 from fedgraft.platform.bundled_model import bundled_hf_config
@@ -104,8 +104,7 @@ def read_hf_config(model: ModelConfig) -> Any:
     """
     if model.is_bundled:
         return bundled_hf_config()
-    facts_of(model.source, trusts_remote_code=model.trust_remote_code)  # with our message where it cannot be read
-    return AutoConfig.from_pretrained(model.source, trust_remote_code=model.trust_remote_code)
+    return read_config(model.source, trusts_remote_code=model.trust_remote_code)
 
 
 def size_model(model: ModelConfig, hf_config: Any) -> ModelPlan:
@@ -187,8 +186,9 @@ def _on_meta(hf_config: Any, dtype: str) -> nn.Module:
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the model cannot be built from its config.json: {error}", "check the file") from error
+    except Exception as error:  # sizes and names that fit together in the file, and in no model
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ModelError(f"the model cannot be built from its config.json: {text}", "check the file") from error
     model.tie_weights()  # type: ignore[operator]
     return model
 

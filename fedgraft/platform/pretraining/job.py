@@ -75,7 +75,7 @@ class PretrainJob:
 
     def build(self) -> nn.Module:
         """Give the model with its start weights, in float32."""
-        config = AutoConfig.from_pretrained(self.folder)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.spec.seed, "pretrain/init"))
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -94,7 +94,7 @@ class PretrainJob:
 
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Write a Hugging Face folder: configuration, weights, tokenizer."""
-        config = AutoConfig.from_pretrained(self.folder)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.spec.dtype))
         lost = model.load_state_dict(weights, strict=False).missing_keys
         model.tie_weights()
@@ -105,7 +105,7 @@ class PretrainJob:
             raise ModelError("the trained weights are not finite", "lower training.learning_rate")
         transformers_logging.disable_progress_bar()
         model.save_pretrained(self.target)
-        AutoTokenizer.from_pretrained(self.folder / "tokenizer").save_pretrained(self.target)
+        AutoTokenizer.from_pretrained(self.folder / "tokenizer", trust_remote_code=False).save_pretrained(self.target)
 
     def _opened(self) -> Sequences:
         assert self._sequences is not None, "open() comes first"
