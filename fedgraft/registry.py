@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import importlib.util
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from fedgraft.errors import MethodError
+from fedgraft.foreign import check_class, guarded
 from fedgraft.protocols import Method, MethodConfig
 
 __all__ = ["METHODS", "MethodRegistry", "load_entry_points", "load_method_file"]
@@ -28,10 +28,9 @@ class MethodRegistry:
         """Register a method under its ``name``; usable as a decorator.
 
         Raises:
-            MethodError: The name is taken by another class.
+            MethodError: The name is taken by another class, or the class cannot be a method.
         """
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", method.name):
-            raise MethodError(f"method name {method.name!r}: expected lower-case letters, digits and _", "it names a folder, too")
+        check_class(method)
         known = self._classes.get(method.name)
         if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
             raise MethodError(
@@ -60,12 +59,18 @@ class MethodRegistry:
 
     def build(self, config: MethodConfig) -> Method:
         """Make the method that a config names."""
-        return self.get(config.name)(config)
+        kind = self.get(config.name)
+        return guarded(lambda: kind(config), kind)
 
     def parse(self, options: Mapping[str, Any]) -> Method:
         """Make the method that a mapping of valid options names, e.g. what ``MethodConfig.to_options`` gave."""
-        method = self.get(str(options["name"]))
-        return method(method.config_class.model_validate(options))
+        kind = self.get(str(options["name"]))
+        config = kind.config_class.model_validate(options)
+        return guarded(lambda: kind(config), kind)
+
+    def of_module(self, name: str) -> tuple[str, ...]:
+        """Names of the methods whose classes were made in a module."""
+        return tuple(known for known, kind in sorted(self._classes.items()) if kind.__module__ == name)
 
 
 METHODS = MethodRegistry()
@@ -79,7 +84,7 @@ def load_method_file(path: Path) -> ModuleType:
         path: The file. It runs as Python code: name only files that you trust.
 
     Raises:
-        MethodError: The file is missing, or importing it raised.
+        MethodError: The file is missing, importing it raised, or it registers no method.
     """
     if not path.is_file():
         raise MethodError(f"method file {path} does not exist", "check method_files in the configuration")
@@ -91,9 +96,12 @@ def load_method_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself would end the command without a word
         del sys.modules[name]
         raise MethodError(f"method file {path} raised {type(error).__name__}: {error}", "mend the file") from error
+    if not METHODS.of_module(name):
+        del sys.modules[name]
+        raise MethodError(f"method file {path} registers no method", "put @METHODS.add before its class, or do not name it")
     return module
 
 

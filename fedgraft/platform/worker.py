@@ -7,6 +7,7 @@ because every task starts by loading all of them anew.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -384,6 +385,7 @@ class ClientWorker:
         for tensors in (extras, update.statistics):
             self._refuse_secrets(tensors, secrets)
         diagnostics = dict(update.diagnostics) | session.diagnostics
+        json.dumps(diagnostics)  # what is no JSON is this client's failure, not the end of the run when it is written down
         if task.hashes_frozen:
             diagnostics["frozen_hash"] = self.engine.frozen_hash()
         update = replace(update, payload=payload, state_version=version, state_hash=state_hash, diagnostics=diagnostics)
