@@ -277,7 +277,9 @@ def load_export(folder: Path | str, *, base: Path | str | None = None, device: s
 
 def _open(source: str, dtype: str, folder: Path) -> nn.Module:
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source, dtype=_DTYPES[dtype], use_safetensors=True)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        )
         return model
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ModelError(
