@@ -3,16 +3,16 @@
     python benchmarks/config_fuzz.py                 2000 mutations of every example and packaged file, seed 0
     python benchmarks/config_fuzz.py --count 500 --seed 7 --show 20
 
-A mutation starts from one of the files ``fedgraft run`` and ``fedgraft pretrain`` are shown with, and spoils it in one of four ways:
-its tree (keys dropped, misspelt, moved, values of wrong types, ranges and units), its text (torn, tabs, bytes that are no UTF-8, keys
-twice, aliases), an override on the command line, or a path. Then the command runs in this process up to the point where it would
-begin to train; what a valid one would run with is written as YAML and read again. Of every mutation is checked
+A mutation starts from one of the files ``fedgraft run`` and ``fedgraft pretrain`` are shown with, and spoils it in one of four
+ways: its tree (keys dropped, misspelt, moved, values of wrong types, ranges and units), its text (torn, tabs, bytes that are no
+UTF-8, keys twice, aliases), an override on the command line, or a path. Then the command runs in this process up to the point
+where it would begin to train; what a valid one would run with is written as YAML and read again. Of every mutation is checked
 
     the exit code is 0 or 2;    no traceback, and no talk of a bug in fedgraft;
     each problem has a key path, the value and what was expected;    it took no longer than ``LIMIT_S``.
 
-One JSON line with the counts on stdout; what broke a rule is shown on stderr, and the exit code is 1. ``--plan`` also makes the plan of
-every valid configuration of a run, as ``--dry-run`` does.
+One JSON line with the counts on stdout; what broke a rule is shown on stderr, and the exit code is 1. ``--plan`` also makes
+the plan of every valid configuration of a run whose model is no name of the hub, as ``--dry-run`` does.
 """
 
 from __future__ import annotations
@@ -60,8 +60,11 @@ MACHINE = MachineFacts(cores=2, memory_bytes=8 * 2**30, gpus=0, gpu_bytes=None, 
 WRONG: tuple[Any, ...] = (
     None, True, False, 0, -1, -0.0, 1, 2, 3, 7, 10**6, 10**9, 10**18, 10**40, -(10**12), 0.5, 1.5, -2.5, 1e-300, 1e300,
     float("nan"), float("inf"), float("-inf"), "", " ", "x", "none", "None", "~", "yes", "1", "-1", "1e-3", "1e400", "nan", "inf",
-    "10 s", "1GiB", "50%", "0x10", "1_000", "\x00", "\u00e9\u4e2d", "\U0001f600", "a" * 5000, "../..", "/", "/dev/null", "~nobody-here/x",
-    "a\nb", "${HOME}", "!!python/none", [], [[]], [1], [None], ["x"] * 3, [1, "a", None], list(range(300)), {}, {"name": 3}, {"a": {}},
+    "10 s", "1GiB", "50%", "0x10", "1_000", "\x00", "\u00e9\u4e2d", "\U0001f600", "a" * 5000, "../..", "/", "/dev/null",
+    "~nobody-here/x",
+    "a\nb", "${HOME}",
+    "!!python/none", [], [[]], [1], [None], ["x"] * 3, [1, "a", None], list(range(300)), {},
+    {"name": 3}, {"a": {}},
     {"": 1}, {"a": [{"b": [{}]}]},
 )  # fmt: skip
 DEEP: Any = None
@@ -247,9 +250,11 @@ def _of_overrides(rng: random.Random, base: str, command: str, text: str) -> Mut
         return rng.choice(
             (
                 f"{key}={shown}", f"{key}={shown}", f"{key}={shown}", f"{key}={shown}", f"{key}", f"={shown}", f"{key}.={shown}",
-                f".{key}={shown}", f"{key}.x.y={shown}", f"{key}=", f"{key}==", f" {key} = {shown}", f"{key}=[", f"{key}={{a: 1, a: 2}}",
+                f".{key}={shown}", f"{key}.x.y={shown}", f"{key}=", f"{key}==", f" {key} = {shown}", f"{key}=[",
+                f"{key}={{a: 1, a: 2}}",
                 f"{key}=*a", f"{key}=!!python/name:os.system", f"{key}=\udcff", f"{key}\u00e9={shown}", f"{key.upper()}={shown}",
-                f"{key.replace('.', '..')}={shown}", f"{key}=a: b: c", f"{key}='", f"{key}=" + "[" * 400, f"{key}=- 1\n- 2", "=", ".=.",
+                f"{key.replace('.', '..')}={shown}", f"{key}=a: b: c", f"{key}='", f"{key}=" + "[" * 400, f"{key}=- 1\n- 2",
+                "=", ".=.",
             )
         )  # fmt: skip
 

@@ -1,11 +1,11 @@
-"""Do the processes of a run stay as large as they were? Memory, open files and threads over hundreds of rounds, seen from outside.
+"""Do the processes of a run stay as large as they were? Memory, open files and threads over hundreds of rounds.
 
-    python benchmarks/leaks.py                              fedavg and flex, 240 rounds each, about 8 minutes on 2 cores
+    python benchmarks/leaks.py                              fedavg and flex, 240 rounds each, 5 to 15 minutes on 2 cores
     python benchmarks/leaks.py --rounds 60 --methods flex
 
-A random Qwen2-MoE of 35 000 parameters is written into a temporary folder, and ``python -m fedgraft run`` runs it as a user would: a driver
-actor, two replicas, MLflow in SQLite, a checkpoint and an evaluation of some rounds. This process only watches: every few rounds
-it reads of the command, of the driver and of each replica
+A random Qwen2-MoE of two layers is written into a temporary folder, and ``python -m fedgraft run`` runs it as a user would: a
+driver actor, two replicas, MLflow in SQLite, a checkpoint after every round and an evaluation after every twentieth. This process
+only watches: every few rounds it reads of the command, of the driver and of each replica
 
     uss, pss    private and proportional memory;
     files       open file descriptors;
@@ -15,7 +15,8 @@ and of the raylet ``store``, the pages of the object store that were ever touche
 
 Rounds of a method before ``--warmup`` do not count. Of the rest, ``slope`` is the growth of USS in MiB per 100 rounds (least
 squares), ``start`` and ``end`` are means over the first and last fifth. ``holds`` says whether every slope is at most
-``LIMIT_MIB`` and whether nobody ends with more open files than it had; the exit code is 1 where it does not. One JSON line on stdout.
+``LIMIT_MIB`` and whether nobody ends with more open files than it had; the exit code is 1 where it does not. One JSON line on
+stdout.
 """
 
 from __future__ import annotations

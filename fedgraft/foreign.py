@@ -64,7 +64,9 @@ def _check_arguments(name: str, hook: str, own: Callable[..., Any], expected: Ca
         inspect.signature(own).bind(*by_place, **dict.fromkeys(by_name))
     except TypeError as error:
         what = ", ".join(wanted.parameters)
-        raise MethodError(f"method {name!r}: {hook}{inspect.signature(own)} does not take ({what}): {error}", "see Method") from None
+        raise MethodError(
+            f"method {name!r}: {hook}{inspect.signature(own)} does not take ({what}): {error}", "see Method"
+        ) from None
 
 
 def guarded(make: Callable[[], Method], kind: type[Method]) -> Method:

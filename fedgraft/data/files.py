@@ -156,7 +156,9 @@ def _parse(text: str, path: Path, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+        reason = (
+            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+        )
         raise DataError(
             f"data file {path}, {place}: not JSON ({reason})",
             "mend it; .jsonl has one JSON object a line, .json one list of objects",

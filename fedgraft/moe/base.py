@@ -107,7 +107,9 @@ def read_config(model: str, *, trusts_remote_code: bool = False) -> Any:
     except ModelError:
         raise
     except Exception as error:  # sizes that are no sizes: division by zero, texts, negative numbers
-        raise ModelError(f"model {model!r} has a config.json whose sizes make no model: {_brief(error)}", "check the file") from error
+        raise ModelError(
+            f"model {model!r} has a config.json whose sizes make no model: {_brief(error)}", "check the file"
+        ) from error
     return config
 
 
@@ -171,9 +173,7 @@ def open_base(folder: Path, device: str = "cpu") -> nn.Module:
     try:
         weights = load_file(folder / _WEIGHTS, device=device)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ModelError(
-            f"base {folder} cannot be read: {_brief(error)}", "delete this folder; it is written again"
-        ) from error
+        raise ModelError(f"base {folder} cannot be read: {_brief(error)}", "delete this folder; it is written again") from error
     dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)

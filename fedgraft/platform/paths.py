@@ -1,4 +1,4 @@
-"""What lies at a path that a user gave, without an exception for the odd ones: no home folder, too long, zero bytes, not searchable."""
+"""What lies at a path that a user gave, without an exception for odd ones: no home, too long, zero bytes, not searchable."""
 
 from __future__ import annotations
 

@@ -128,7 +128,12 @@ def test_a_users_file_registers_its_method_and_may_be_loaded_twice(tmp_path: Pat
 @pytest.mark.usefixtures("_clean_methods")
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("1 / 0", "raised ZeroDivisionError: division by zero"), ("def", "raised SyntaxError"), ("raise SystemExit(0)", "raised SystemExit"), ("x = 1", "registers no method")],
+    [
+        ("1 / 0", "raised ZeroDivisionError: division by zero"),
+        ("def", "raised SyntaxError"),
+        ("raise SystemExit(0)", "raised SystemExit"),
+        ("x = 1", "registers no method"),
+    ],
 )
 def test_a_users_file_that_fails_is_named(source: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.py"

@@ -54,7 +54,13 @@ CALLS = {
 }
 """Names that may not be used, by the last two parts."""
 
-ARGUMENTS = {("shell", True), ("allow_pickle", True), ("trust_remote_code", True), ("weights_only", False), ("use_safetensors", False)}
+ARGUMENTS = {
+    ("shell", True),
+    ("allow_pickle", True),
+    ("trust_remote_code", True),
+    ("weights_only", False),
+    ("use_safetensors", False),
+}
 
 EXCEPTIONS = {
     ("registry.py", "exec_module"): "a method file is code; its name stands in the configuration",

@@ -88,7 +88,9 @@ def test_a_config_file_that_is_none_is_one_error(folder: Path, text: bytes) -> N
         ("model.safetensors", None, "cannot be loaded"),
     ],
 )
-def test_a_file_that_is_missing_or_torn_is_named(folder: Path, tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+def test_a_file_that_is_missing_or_torn_is_named(
+    folder: Path, tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
     if content is None:
         for path in folder.glob(f"{Path(name).stem}*"):
             path.unlink()

@@ -44,7 +44,20 @@ def nan_state(self: Any, state: ServerState, reduced: Any, updates: Any) -> Serv
     return ServerState(params={key: value * float("nan") for key, value in state.params.items()})
 
 
-HOOKS = ("slots", "group", "lr_scale", "num_rounds", "init", "plan", "select", "assign", "task", "evaluation", "weigh", "aggregate")
+HOOKS = (
+    "slots",
+    "group",
+    "lr_scale",
+    "num_rounds",
+    "init",
+    "plan",
+    "select",
+    "assign",
+    "task",
+    "evaluation",
+    "weigh",
+    "aggregate",
+)
 
 
 @pytest.mark.parametrize("hook", [*HOOKS, "observe_state", "build", "request"])
@@ -131,11 +144,17 @@ CLASS = "class Own(Method):\n    name = 'own'\n    title = paper = summary = 'x'
         ("x = 1", "registers no method"),
         (HEAD + CLASS, "registers no method"),
         (HEAD + "@METHODS.add\n" + CLASS.replace("'own'", "'fedavg'").replace("Options\n", "Options\n", 1), "of another name"),
-        (HEAD.replace('"own"', '"fedavg"') + "@METHODS.add\n" + CLASS.replace("'own'", "'fedavg'"), "two methods are called 'fedavg'"),
+        (
+            HEAD.replace('"own"', '"fedavg"') + "@METHODS.add\n" + CLASS.replace("'own'", "'fedavg'"),
+            "two methods are called 'fedavg'",
+        ),
         (HEAD + "@METHODS.add\n" + CLASS.replace("'own'", "'Own Method'"), "lower-case letters"),
         (HEAD + "@METHODS.add\n" + CLASS.replace("    config_class = Options\n", ""), "config_class is None"),
         (HEAD + "@METHODS.add\n" + CLASS.replace(" = summary", ""), "has no summary"),
-        (HEAD + "@METHODS.add\n" + CLASS + "    def weigh(self, updates):\n        return 1\n", "weigh(self, updates) does not take"),
+        (
+            HEAD + "@METHODS.add\n" + CLASS + "    def weigh(self, updates):\n        return 1\n",
+            "weigh(self, updates) does not take",
+        ),
         (HEAD + "@METHODS.add\n" + CLASS + "    def check_run(self, rounds):\n        pass\n", "does not take (self, rounds"),
         (HEAD + "METHODS.add(3)", "3 is no method"),
         (HEAD + "@METHODS.add\nclass Own:\n    name = 'own'\n", "is no method"),
