@@ -108,7 +108,7 @@ def test_a_configuration_at_an_odd_path_is_one_problem(name: str) -> None:
         "file name too long"
     )
     with pytest.raises(ConfigError, match=r"tokenizer\.path"):
-        load_pretrain_config({}, [f"tokenizer.path={LONG}", "tokenizer.vocab_size=300"])
+        load_pretrain_config({}, ["tokenizer={path: " + LONG + "}"])
 
 
 @pytest.mark.parametrize("given", [".inf", "-.inf", ".nan", "1e400"])
