@@ -29,7 +29,7 @@ app = typer.Typer(
     name="fedgraft",
     help="Personalised federated fine-tuning of Mixture-of-Experts language models, simulated on Ray.",
     epilog="Exit codes: 0 done, 1 other errors, 2 wrong configuration or input, 3 Ray, 4 a broken promise of a method, "
-    "5 too few clients answered, 6 checkpoint, 7 verify found a difference, 130 interrupted.",
+    "5 too few clients answered, 6 checkpoint, 7 verify found a difference, 8 disk, 130 interrupted (Ctrl-C or SIGTERM).",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

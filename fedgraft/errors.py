@@ -12,7 +12,8 @@
       UpdateError                 4   a client's reply does not fit the round (names, shapes, dtypes, finite values)
       QuorumError                 5   fewer clients than ``federation.min_clients`` answered
       CheckpointError             6   a checkpoint is torn, tampered with, or belongs to another run
-      RunInterrupted            130   Ctrl-C; the run can be resumed
+      StorageError                8   a file of the run cannot be written, e.g. as the disk is full; the run can be resumed
+      RunInterrupted            130   Ctrl-C or SIGTERM; the run can be resumed
 
 (7 is ``fedgraft verify``'s, where two runs differ: an outcome, no error.)
 
@@ -38,6 +39,7 @@ __all__ = [
     "QuorumError",
     "ReplicaError",
     "RunInterrupted",
+    "StorageError",
     "UpdateError",
 ]
 
@@ -156,6 +158,12 @@ class CheckpointError(FedgraftError):
     """A checkpoint cannot be used: torn, tampered with, or of another run."""
 
     exit_code = 6
+
+
+class StorageError(FedgraftError):
+    """A file of the run cannot be written, e.g. on a full disk; nothing torn is left, and what was finished stays."""
+
+    exit_code = 8
 
 
 class RunInterrupted(FedgraftError):

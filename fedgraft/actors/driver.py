@@ -2,33 +2,76 @@
 
 The job's events wait in the driver until the command fetches them; a fetch returns as soon as there is one (no polling), so the
 command may go away and another may take over.
+
+Ray restarts a driver that died and gives it the same job again, which must know how to go on. Each life has an epoch of its own:
+who follows the events learns from it that they begin anew. What a dead driver had said and nobody had fetched yet is gone with
+it; whatever must last is the job's to write down.
 """
 
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import ray
 
 from fedgraft.actors.hosting import JobContext
 from fedgraft.actors.pool import RayPool
+from fedgraft.actors.replica import remove_groups
 
-__all__ = ["Driver"]
+__all__ = ["Driver", "Events"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Events:
+    """Events of one life of a driver, from the number that was asked for, or all of them if another life was asked for."""
+
+    epoch: str
+    events: tuple[Any, ...]
+    is_over: bool
 
 
 class Driver:
     """Runs one job in one thread while others ask for its events or tell it to stop. Made into an actor by the launcher."""
 
     def __init__(self) -> None:
+        self._epoch = uuid.uuid4().hex
         self._events: list[Any] = []
         self._changed = threading.Condition()
+        self._is_begun = False
         self._is_over = False
+        self._outcome: tuple[Any, BaseException | None] = (None, None)
         self._stop = threading.Event()
 
     def run(self, job: Callable[[JobContext], Any]) -> Any:
-        """Run the job to its end and give its result; errors reach the caller as they were raised."""
+        """Run the job to its end and give its result; errors reach the caller as they were raised.
+
+        Ray may send a call again that it believes lost, e.g. when a connection broke: then the job that is under way is waited
+        for, and none is begun beside it.
+        """
+        with self._changed:
+            if self._is_begun:
+                self._changed.wait_for(lambda: self._is_over)
+                result, error = self._outcome
+                if error is not None:
+                    raise error
+                return result
+            self._is_begun = True
+        context = ray.get_runtime_context()
+        is_restarted = context.was_current_actor_reconstructed
+        if is_restarted:
+            remove_groups(context.get_actor_id() or "")  # they hold the cores that the new replicas need
+        open_pool = partial(RayPool, may_shrink=is_restarted)
         try:
-            return job(JobContext(emit=self._emit, open_pool=RayPool, is_stopping=self._stop.is_set))
+            self._outcome = job(JobContext(emit=self._emit, open_pool=open_pool, is_stopping=self._stop.is_set)), None
+            return self._outcome[0]
+        except BaseException as error:
+            self._outcome = None, error
+            raise
         finally:
             with self._changed:
                 self._is_over = True
@@ -39,15 +82,16 @@ class Driver:
             self._events.append(event)
             self._changed.notify_all()
 
-    def events(self, start: int, timeout_s: float) -> tuple[list[Any], bool]:
-        """Wait for events from number ``start`` on.
+    def events(self, epoch: str, start: int, timeout_s: float) -> Events:
+        """Wait for events from number ``start`` of a life on; of another life, all of its events.
 
         Returns:
             The events, none if ``timeout_s`` passed without one, and whether the job is over.
         """
+        first = start if epoch == self._epoch else 0
         with self._changed:
-            self._changed.wait_for(lambda: len(self._events) > start or self._is_over, timeout=timeout_s)
-            return self._events[start:], self._is_over
+            self._changed.wait_for(lambda: len(self._events) > first or self._is_over, timeout=timeout_s)
+            return Events(epoch=self._epoch, events=tuple(self._events[first:]), is_over=self._is_over)
 
     def stop(self) -> None:
         """Ask the job to end at the next safe point; what is finished stays."""

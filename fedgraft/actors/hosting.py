@@ -14,18 +14,27 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Finished", "JobContext", "LostResult", "Pool", "PoolOptions"]
+__all__ = ["Finished", "JobContext", "LostResult", "LostShared", "Note", "Pool", "PoolOptions"]
+
+Note = Callable[[str], None]
+"""Takes one sentence that the user should read."""
 
 
 class LostResult(Exception):
     """A large result is gone, e.g. with the node that held it; the call that made it must be run again."""
 
 
+class LostShared(Exception):
+    """A replica could not get the shared value of a call any more; it must be put again."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolOptions:
     """How replicas are made: their number, ranks, threads of a rank, GPUs of a replica, and the waits in seconds.
 
-    ``rank_grace_s``: how long the other ranks of a call may take after the first one has ended it.
+    ``rank_grace_s``: how long the other ranks of a call may take after the first one has ended it. ``heartbeat_timeout_s``: how
+    long a rank may give no sign of life while it works; a quarter of it is spent between two signs, so a rank that cannot answer
+    for three quarters of it (a long call in C that holds Python's lock, a busy machine) is never taken for a frozen one.
     """
 
     replicas: int
@@ -36,6 +45,7 @@ class PoolOptions:
     task_timeout_s: float = 3600.0
     start_timeout_s: float = 300.0
     rank_grace_s: float = 60.0
+    heartbeat_timeout_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +68,9 @@ class Finished:
 class Pool(Protocol):
     """Replicas that host one object each."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """Replicas there are now; fewer than at the start once the cluster has no room to replace a lost one."""
 
     def host(self, factory: Callable[[], Any]) -> None:
         """Build the hosted object on every replica, in place of what was there; the same factory restores a dead one.
@@ -91,8 +103,11 @@ class Pool(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobContext:
-    """What a job gets from whoever runs it: a way to report, to open a pool, and to learn that it should stop."""
+    """What a job gets from whoever runs it: a way to report, to open a pool, and to learn that it should stop.
+
+    A pool notes in plain words what became of its replicas, where a user should know.
+    """
 
     emit: Callable[[Any], None]
-    open_pool: Callable[[PoolOptions], Pool]
+    open_pool: Callable[[PoolOptions, Note], Pool]
     is_stopping: Callable[[], bool]

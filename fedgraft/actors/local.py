@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fedgraft.actors.hosting import Finished, PoolOptions
+from fedgraft.actors.hosting import Finished, Note, PoolOptions
 
 __all__ = ["LocalPool"]
 
@@ -14,12 +14,12 @@ class LocalPool:
     """See ``fedgraft.actors.hosting.Pool``. Errors are not caught here: a debugger should see them.
 
     Args:
-        options: Only for the same signature as the pool of actors; one replica is all there is.
+        options, note: Only for the same signature as the pool of actors; one replica is all there is.
     """
 
     size = 1
 
-    def __init__(self, options: PoolOptions) -> None:
+    def __init__(self, options: PoolOptions, note: Note | None = None) -> None:
         self._hosted: Any = None
 
     def host(self, factory: Callable[[], Any]) -> None:

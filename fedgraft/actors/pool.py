@@ -1,7 +1,7 @@
-"""Replicas as Ray actors: started once, side by side, and reused; restarted when they die.
+"""The pool of actors: calls go to whichever replica is free; one that dies, hangs or freezes costs a retry, never a result.
 
-No polling: the pool waits on the results themselves, each wait with a limit that has a name. A call whose replica died or ran
-past its deadline is run again on another one, from the same item, after the dead replica has been restored.
+No polling: the pool waits on the results themselves and on signs of life, each wait with a limit that has a name. A call whose
+replica was lost is run again on another one, from the same item, after the lost replica has been replaced.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
-from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
-from fedgraft.actors.replica import Shared, start_replicas
-from fedgraft.errors import BudgetViolation, ClusterError, FedgraftError, GroupViolation, ReplicaError
+from fedgraft.actors.fleet import Fleet, brief, cause_of
+from fedgraft.actors.heartbeat import Heartbeats
+from fedgraft.actors.hosting import Finished, LostResult, LostShared, Note, PoolOptions
+from fedgraft.actors.replica import Shared
+from fedgraft.errors import BudgetViolation, ClusterError, GroupViolation, ReplicaError, StorageError
 
 __all__ = ["RayPool"]
 
 _log = logging.getLogger(__name__)
-_END_S = 5.0
-"""Longest wait for replicas to leave in good order; whatever they hold is gone with their processes anyway."""
+
+_FINAL = (BudgetViolation, GroupViolation, StorageError)
+"""What no retry mends: a broken promise, a full disk."""
+_MAX_PUTS = 3
+"""How often a shared value is put again before its loss counts as the failure of a try."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,6 +37,7 @@ class _Flight:
     """A call that is under way: which item, on which replica, until when, and the references of its results.
 
     ``waiting`` are the ranks' small results that are not there yet, by reference; ``values`` those that are, by rank.
+    ``error`` is what ended it before its end, ``was_lost`` whether that was the loss of the shared value.
     """
 
     index: int
@@ -41,6 +47,21 @@ class _Flight:
     limit: str
     waiting: dict[Any, int]
     values: dict[int, Any] = field(default_factory=dict)
+    error: str | None = None
+    was_lost: bool = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.error is not None or not self.waiting
+
+
+@dataclass(slots=True)
+class _Put:
+    """A shared value and where it lies in the object store now. Stays with the caller; replicas get the place only."""
+
+    value: Any
+    place: Shared
+    num_puts: int = 1
 
 
 class RayPool:
@@ -48,151 +69,185 @@ class RayPool:
 
     Args:
         options: Number of replicas, what each gets, and the limits.
+        note: Gets what a user should know; without it, it goes to the log.
+        may_shrink: Begin with fewer replicas where the cluster has no room for all, instead of refusing.
 
     Raises:
         ClusterError: The cluster cannot give the replicas, said before waiting, or they do not start in time.
     """
 
-    def __init__(self, options: PoolOptions) -> None:
-        self.size = options.replicas
+    def __init__(self, options: PoolOptions, note: Note | None = None, *, may_shrink: bool = False) -> None:
         self._options = options
-        self._factory: Callable[[], Any] | None = None
-        _check_resources(options)
-        self._replicas = start_replicas(options, options.replicas)
+        self._fleet = Fleet(options, note or _log.warning, may_shrink=may_shrink)
+        self._beats = Heartbeats(options.heartbeat_timeout_s)
+
+    @property
+    def size(self) -> int:
+        """Replicas there are now."""
+        return len(self._fleet.replicas)
 
     def host(self, factory: Callable[[], Any]) -> None:
         """Build the hosted object on every replica, side by side; one that died meanwhile is replaced."""
-        self._factory = factory
-        started = [replica.host(factory) for replica in self._replicas]
-        for position, refs in enumerate(started):
-            try:
-                self._await_host(position, refs)
-            except ClusterError as error:
-                _log.warning("replica %d is replaced: %s", position, error.message)
-                self._restore(position)
-
-    def _await_host(self, position: int, refs: list[Any]) -> None:
-        limit = self._options.start_timeout_s
-        try:
-            ray.get(refs, timeout=limit)
-        except GetTimeoutError:
-            raise ClusterError(
-                f"replica {position} did not start within {limit:.0f} s",
-                "raise executor.start_timeout_s, or ask for fewer replicas (executor.replicas)",
-            ) from None
-        except RayTaskError as error:
-            raise _cause(error) from None
-        except RayError as error:
-            raise ClusterError(
-                f"replica {position} died while it started: {_brief(error)}",
-                "often too little memory: ask for fewer replicas (executor.replicas)",
-            ) from error
+        before = dict(self._fleet.replicas)
+        self._fleet.host(factory)
+        for position, replica in before.items():
+            if self._fleet.replicas.get(position) is not replica:
+                self._beats.forget(position)
 
     def call(self, name: str) -> list[Any]:
-        """Run a method without arguments on every replica; one that died meanwhile is replaced and asked again."""
-        started = [replica.call(name) for replica in self._replicas]
-        return [self._await_call(position, name, refs) for position, refs in enumerate(started)]
+        """Run a method without arguments on every replica; one that is lost meanwhile is replaced and asked again, once."""
+        self._beats.rest_all()
+        flights = [self._ask(name, position) for position in self._fleet.replicas]
+        results: dict[int, Any] = {}
+        asked_again: set[int] = set()
+        while flights:
+            flight = self._next(flights)
+            if not flight.is_over:
+                continue
+            flights.remove(flight)
+            position = flight.replica
+            if flight.error is None:
+                results[position] = flight.values[0]
+            elif position in asked_again:
+                raise ClusterError(
+                    f"replica {position} does not answer: {flight.error}", "fedgraft doctor --full examines this machine"
+                )
+            elif position in self._fleet.replicas:
+                asked_again.add(position)
+                flights.append(self._ask(name, position))
+        return [results[position] for position in sorted(results)]
 
-    def _await_call(self, position: int, name: str, refs: list[Any]) -> Any:
-        limit = self._options.task_timeout_s
-        try:
-            return ray.get(refs, timeout=limit)[0]
-        except RayTaskError as error:
-            raise _cause(error) from None
-        except RayError:
-            self._restore(position)
-        try:
-            return ray.get(self._replicas[position].call(name), timeout=limit)[0]
-        except RayTaskError as error:
-            raise _cause(error) from None
-        except RayError as error:
-            raise ClusterError(
-                f"replica {position} does not answer: {_brief(error)}", "fedgraft doctor --full examines this machine"
-            ) from error
+    def _ask(self, name: str, position: int) -> _Flight:
+        return self._take_off(position, position, self._fleet.replicas[position].call(name), None)
 
-    def share(self, value: Any) -> Shared:
-        """Put a value into the object store."""
-        return Shared(ray.put(value))
+    def share(self, value: Any) -> _Put:
+        """Put a value into the object store.
 
-    def map(self, name: str, items: Sequence[Any], shared: Shared) -> Iterator[Finished]:
+        Raises:
+            ClusterError: The store and the disk that it spills to are full.
+        """
+        return _Put(value, _put(value))
+
+    def map(self, name: str, items: Sequence[Any], shared: _Put) -> Iterator[Finished]:
         """Run the items on whichever replica is free; at most one call is under way on each."""
+        self._beats.rest_all()  # of calls that nobody waits for any more
         queue = deque(range(len(items)))
-        tries = [0] * len(items)
-        idle = deque(range(self.size))
+        tries, failures = [0] * len(items), [0] * len(items)
+        idle = deque(self._fleet.replicas)
         flights: list[_Flight] = []
         while queue or flights:
             while queue and idle:
-                index, replica = queue.popleft(), idle.popleft()
+                index, position = queue.popleft(), idle.popleft()
                 tries[index] += 1
-                flights.append(self._start(name, index, replica, items[index], shared))
-            flight, error = self._next(flights)
-            if flight.waiting and error is None:
+                refs, handle = self._fleet.replicas[position].run(name, items[index], shared.place)
+                flights.append(self._take_off(index, position, refs, handle))
+            flight = self._next(flights)
+            if not flight.is_over:
                 continue  # other ranks of the call are still at it
             flights.remove(flight)
-            idle.append(flight.replica)
-            if error is None:
-                yield Finished(
-                    index=flight.index,
-                    value=flight.values[0],
-                    handle=flight.handle,
-                    num_tries=tries[flight.index],
-                    replica=flight.replica,
-                    followers=tuple(flight.values[rank] for rank in range(1, self._options.ranks)),
-                )
-            elif tries[flight.index] < self._options.max_failures:
-                _log.warning("try %d of item %d failed (%s); it is run again", tries[flight.index], flight.index, error)
-                queue.appendleft(flight.index)
+            if flight.replica in self._fleet.replicas:
+                idle.append(flight.replica)
+            index = flight.index
+            if flight.error is None:
+                yield self._finished(flight, tries[index])
+                continue
+            if not (flight.was_lost and self._put_again(shared)):
+                failures[index] += 1
+            if failures[index] < self._options.max_failures:
+                _log.warning("try %d of item %d failed (%s); it is run again", tries[index], index, flight.error)
+                queue.appendleft(index)
             else:
-                yield Finished(index=flight.index, error=error, num_tries=tries[flight.index], replica=flight.replica)
+                yield Finished(index=index, error=flight.error, num_tries=tries[index], replica=flight.replica)
 
-    def _start(self, name: str, index: int, replica: int, item: Any, shared: Shared) -> _Flight:
-        refs, handle = self._replicas[replica].run(name, item, shared)
+    def _finished(self, flight: _Flight, num_tries: int) -> Finished:
+        return Finished(
+            index=flight.index,
+            value=flight.values[0],
+            handle=flight.handle,
+            num_tries=num_tries,
+            replica=flight.replica,
+            followers=tuple(flight.values[rank] for rank in range(1, self._options.ranks)),
+        )
+
+    def _put_again(self, shared: _Put) -> bool:
+        """Put a shared value that a replica could not find; false where that has not helped often enough."""
+        if shared.num_puts > _MAX_PUTS:
+            return False
+        shared.place = _put(shared.value)
+        shared.num_puts += 1
+        return True
+
+    def _take_off(self, index: int, position: int, refs: Sequence[Any], handle: Any) -> _Flight:
         limit = self._options.task_timeout_s
+        self._beats.watch(position, self._fleet.replicas[position])
         return _Flight(
             index=index,
-            replica=replica,
+            replica=position,
             handle=handle,
             deadline=time.monotonic() + limit,
             limit=f"federation.task_timeout_s = {limit:.0f} s",
             waiting={ref: rank for rank, ref in enumerate(refs)},
         )
 
-    def _next(self, flights: list[_Flight]) -> tuple[_Flight, str | None]:
-        """Wait for the next result of any call, or for the earliest deadline; give its call, and the error that ended it."""
-        first = min(flights, key=lambda flight: flight.deadline)
-        refs = {ref: flight for flight in flights for ref in flight.waiting}
-        done, _ = ray.wait(list(refs), num_returns=1, timeout=max(first.deadline - time.monotonic(), 0.0))
-        if not done:
-            self._restore(first.replica)
-            return first, f"no answer within {first.limit}"
-        flight = refs[done[0]]
-        rank = flight.waiting.pop(done[0])
+    def _next(self, flights: list[_Flight]) -> _Flight:
+        """Wait for the next result of any call, for the earliest deadline, or for a replica that freezes; give its call."""
+        while True:
+            first = min(flights, key=lambda flight: flight.deadline)
+            frozen_at, frozen = self._beats.first() or (first.deadline, first.replica)
+            beats = self._beats.refs()
+            results = {ref: flight for flight in flights for ref in flight.waiting}
+            until = min(first.deadline, frozen_at)
+            # Results come first in the list, so that a beat never keeps one waiting.
+            done, _ = ray.wait([*results, *beats], num_returns=1, timeout=max(until - time.monotonic(), 0.0))
+            if done and done[0] in beats:
+                self._beats.take(done[0])
+                continue
+            if done:
+                flight = results[done[0]]
+                self._take(flight, done[0])
+            elif frozen_at < first.deadline:
+                flight = next(flight for flight in flights if flight.replica == frozen)
+                limit = self._options.heartbeat_timeout_s
+                self._fail(flight, f"no sign of life for executor.heartbeat_timeout_s = {limit:.0f} s")
+            else:
+                flight = first
+                self._fail(flight, f"no answer within {first.limit}")
+            if flight.is_over:
+                self._beats.rest(flight.replica)
+            return flight
+
+    def _take(self, flight: _Flight, ref: Any) -> None:
+        """Take the result of one rank, or what became of it."""
+        rank = flight.waiting.pop(ref)
         try:
-            flight.values[rank] = ray.get(done[0])
+            flight.values[rank] = ray.get(ref)
         except RayTaskError as raised:
-            cause = _cause(raised)
-            if isinstance(cause, GroupViolation | BudgetViolation):
-                raise cause from None  # no retry mends a broken promise
-            if self._options.ranks > 1 or isinstance(cause, ReplicaError):
-                self._restore(flight.replica)  # its ranks may wait for each other, or it says itself that it cannot go on
-            return flight, f"{type(cause).__name__}: {cause}"
+            cause = cause_of(raised)
+            if isinstance(cause, _FINAL):
+                raise cause from None
+            if flight.handle is None:
+                raise cause from None  # of ``call``: what every replica is asked has no other one to try
+            flight.was_lost = isinstance(raised.cause, LostShared)
+            # The ranks of a replica may wait for each other, and a replica may say itself that it cannot go on.
+            is_broken = self._options.ranks > 1 or isinstance(cause, ReplicaError)
+            self._fail(flight, f"{type(cause).__name__}: {cause}", is_broken=is_broken)
+            return
         except RayError as raised:
             # Dead actor, dead node, memory monitor, lost object: whatever it was, a new replica runs the item again.
-            self._restore(flight.replica)
-            return flight, f"replica {flight.replica} died: {_brief(raised)}"
+            self._fail(flight, f"replica {flight.replica} died: {brief(raised)}")
+            return
         grace = self._options.rank_grace_s
         if flight.waiting and time.monotonic() + grace < flight.deadline:
             # Ranks work in step: one that is alone for long waits for something that will never come.
             flight.deadline = time.monotonic() + grace
             flight.limit = f"executor.rank_grace_s = {grace:.0f} s after another rank of the same replica had ended"
-        return flight, None
 
-    def _restore(self, position: int) -> None:
-        """Replace a dead or hung replica, all its ranks, and give the new one what the others host."""
-        self._replicas[position].kill()
-        self._replicas[position] = start_replicas(self._options, 1)[0]
-        if self._factory is not None:
-            self._await_host(position, self._replicas[position].host(self._factory))
+    def _fail(self, flight: _Flight, error: str, *, is_broken: bool = True) -> None:
+        """End a call with an error; a broken replica is replaced."""
+        flight.error = error
+        if is_broken:
+            self._beats.forget(flight.replica)
+            self._fleet.replace(flight.replica, error)
 
     def fetch(self, handle: Any) -> Any:
         """Fetch a large result from the object store."""
@@ -203,33 +258,14 @@ class RayPool:
 
     def close(self) -> None:
         """End every replica's process; one that does not answer at once is not waited for."""
-        ended = [ref for replica in self._replicas for ref in replica.end()]
-        ray.wait(ended, num_returns=len(ended), timeout=_END_S)
-        for replica in self._replicas:
-            replica.kill()
-        self._replicas = []
+        self._fleet.close()
 
 
-def _cause(error: RayTaskError) -> BaseException:
-    """The exception that the remote code raised, if it is one of ours, else Ray's wrapping of it."""
-    cause = error.cause if isinstance(error.cause, Exception) else error
-    return cause if isinstance(cause, FedgraftError) else error
-
-
-def _brief(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _check_resources(options: PoolOptions) -> None:
-    """Refuse what no cluster of this size can give, instead of waiting for it forever."""
-    total = ray.cluster_resources()
-    cpus = options.replicas * options.ranks * options.threads
-    for kind, wanted in (("CPU", cpus), ("GPU", options.replicas * options.gpus_per_replica)):
-        has = float(total.get(kind, 0.0))
-        if wanted > has:
-            ranks = f" of {options.ranks} ranks each" if options.ranks > 1 else ""
-            raise ClusterError(
-                f"{options.replicas} replicas{ranks} want {wanted:g} {kind}s; the cluster has {has:g}",
-                "lower executor.replicas, executor.threads, engine.world_size or executor.gpus_per_replica, or join a larger "
-                "cluster",
-            )
+def _put(value: Any) -> Shared:
+    try:
+        return Shared(ray.put(value))
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise ClusterError(
+            f"the object store has no room for what clients are sent: {brief(error)}",
+            "free memory and the disk that Ray spills to (under its temporary folder)",
+        ) from error

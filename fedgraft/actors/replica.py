@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.exceptions import ObjectLostError, RayError
+from ray.util import get_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from fedgraft.actors.hosting import PoolOptions
+from fedgraft.actors.hosting import LostShared, PoolOptions
 from fedgraft.errors import ClusterError
 
-__all__ = ["Rank", "Replica", "Shared", "start_replicas"]
+__all__ = ["Rank", "Replica", "Shared", "remove_groups", "start_replicas"]
+
+_SLICE_S = 5.0
+"""How often the wait for a place asks whether there still is one to wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,11 @@ class Rank:
         self._hosted = factory()
         return os.getpid()
 
+    @ray.method(concurrency_group="beat")  # type: ignore[untyped-decorator]
+    def beat(self, after_s: float) -> None:
+        """Answer after a while, whatever the working thread does: a sign of life."""
+        time.sleep(after_s)
+
     def end(self) -> None:
         """Let the hosted object leave in good order, before the process is ended."""
         hosted, self._hosted = self._hosted, None
@@ -67,9 +77,16 @@ class Rank:
         return getattr(self._hosted, name)()
 
     def run(self, name: str, item: Any, shared: Shared) -> tuple[Any, Any]:
-        """Run a method on an item; the shared value is fetched once and kept until another one comes."""
+        """Run a method on an item; the shared value is fetched once and kept until another one comes.
+
+        Raises:
+            LostShared: The shared value is gone from the object store.
+        """
         if self._shared[0] != shared.ref:
-            self._shared = (shared.ref, ray.get(shared.ref))
+            try:
+                self._shared = (shared.ref, ray.get(shared.ref))
+            except ObjectLostError as error:
+                raise LostShared(str(error)) from None
         small, large = getattr(self._hosted, name)(item, self._shared[1])
         return small, large
 
@@ -80,6 +97,15 @@ class Replica:
     def __init__(self, actors: list[Any], group: Any = None) -> None:
         self._actors = actors
         self._group = group
+
+    @property
+    def num_ranks(self) -> int:
+        """Actors of the replica."""
+        return len(self._actors)
+
+    def beat(self, rank: int, after_s: float) -> Any:
+        """Ask a rank for a sign of life after a while; gives a reference."""
+        return self._actors[rank].beat.remote(after_s)
 
     def meeting_point(self) -> Any:
         """Ask the leader where the ranks can meet; gives a reference."""
@@ -115,8 +141,16 @@ class Replica:
             remove_placement_group(self._group)
 
 
-def start_replicas(options: PoolOptions, count: int) -> list[Replica]:
+def start_replicas(
+    options: PoolOptions, count: int, *, owner: str = "", is_hopeless: Callable[[], bool] = lambda: False
+) -> list[Replica]:
     """Start the actors of ``count`` replicas side by side; they may still be starting when this returns.
+
+    Args:
+        options: What each gets.
+        count: Replicas to start.
+        owner: Whose the placement groups are, see ``remove_groups``.
+        is_hopeless: Asked every few seconds while a place is waited for; true ends the wait.
 
     Raises:
         ClusterError: No place for all ranks of a replica together was found in ``executor.start_timeout_s``.
@@ -126,11 +160,12 @@ def start_replicas(options: PoolOptions, count: int) -> list[Replica]:
     deadline = time.monotonic() + options.start_timeout_s
     gpus = options.gpus_per_replica / options.ranks
     bundle = {"CPU": float(options.threads)} | ({"GPU": gpus} if gpus else {})
-    groups = [placement_group([bundle] * options.ranks, strategy="PACK") for _ in range(count)]
+    names = [f"{_group_prefix(owner)}{uuid.uuid4().hex}" for _ in range(count)]
+    groups = [placement_group([bundle] * options.ranks, strategy="PACK", name=name) for name in names]
     replicas: list[Replica] = []
     try:
         for group in groups:
-            if not group.wait(max(1.0, deadline - time.monotonic())):
+            if not _found_place(group, deadline, is_hopeless):
                 raise ClusterError(
                     f"no place for {options.ranks} ranks with {bundle} each was found in {options.start_timeout_s:.0f} s",
                     "lower executor.replicas, engine.world_size or executor.threads, or free the cluster",
@@ -155,13 +190,36 @@ def start_replicas(options: PoolOptions, count: int) -> list[Replica]:
     return replicas
 
 
+def remove_groups(owner: str) -> None:
+    """Remove the placement groups of an owner that has died.
+
+    Ray ends the actors that a dead actor had made, but keeps its placement groups, and with them the cores, until the whole job
+    ends.
+    """
+    for group in placement_group_table().values():
+        if group["name"].startswith(_group_prefix(owner)) and group["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(group["name"]))
+
+
+def _group_prefix(owner: str) -> str:
+    return f"fedgraft/{owner}/"
+
+
+def _found_place(group: Any, deadline: float, is_hopeless: Callable[[], bool]) -> bool:
+    while not group.wait(max(1.0, min(_SLICE_S, deadline - time.monotonic()))):
+        if time.monotonic() > deadline or is_hopeless():
+            return False
+    return True
+
+
 def _actor(options: PoolOptions, group: Any = None, rank: int = 0) -> Any:
     threads = str(options.threads)
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     place: dict[str, Any] = {}
     if group is not None:
         place["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
-    actor = ray.remote(Rank).options(
+    # Beats are answered in a thread of their own; calls still run one after another, in one thread.
+    actor = ray.remote(concurrency_groups={"beat": 1})(Rank).options(
         num_cpus=options.threads,
         num_gpus=options.gpus_per_replica / options.ranks,
         max_restarts=0,  # a restarted actor would be empty; the pool restores what it hosted

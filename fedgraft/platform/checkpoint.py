@@ -18,10 +18,11 @@ from pathlib import Path
 import safetensors
 from safetensors.torch import load_file
 
-from fedgraft.errors import CheckpointError
+from fedgraft.errors import CheckpointError, StorageError
 from fedgraft.moe.hashing import hash_params
 from fedgraft.platform.run_folder import write_json
 from fedgraft.platform.state_store import ClientStateStore, write_tensors
+from fedgraft.platform.storage import storage_error, sync_folder
 from fedgraft.types import Params, ServerState
 
 __all__ = ["Checkpoint", "hash_state", "load", "load_latest", "save"]
@@ -43,22 +44,23 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, store: ClientStateStore, keep: int = 2) -> None:
-    """Write a checkpoint and delete all but the last ``keep``, with the private states that only they needed."""
-    tensors = {f"{kind}/{key}": value for kind in _KINDS for key, value in getattr(checkpoint.state, kind).items()}
+    """Write a checkpoint and delete all but the last ``keep``, with the private states that only they needed.
+
+    Raises:
+        StorageError: It cannot be written, e.g. as the disk is full; the ones before it stay, and nothing of it does.
+    """
+    for left in folder.glob(".writing-*"):
+        shutil.rmtree(left)  # by a process that was killed
     scratch = folder / f".writing-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    write_tensors(tensors, scratch / "state.safetensors")
-    record = {
-        "round": checkpoint.round_idx,
-        "notes": dict(checkpoint.state.notes),
-        "versions": {str(client): version for client, version in checkpoint.versions.items()},
-        "sha256": _digest(scratch / "state.safetensors"),
-        "private": {str(client): store.digest(client, version) for client, version in checkpoint.versions.items()},
-    }
-    write_json(record | {"record_sha256": _record_digest(record)}, scratch / "state.json")
     target = folder / f"round-{checkpoint.round_idx:06d}"
-    shutil.rmtree(target, ignore_errors=True)  # only a resumed run that repeats a round finds it there
-    os.replace(scratch, target)
+    try:
+        _write(scratch, checkpoint, store)
+        shutil.rmtree(target, ignore_errors=True)  # only a resumed run that repeats a round finds it there
+        os.replace(scratch, target)
+        sync_folder(folder)
+    except (OSError, StorageError) as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise storage_error(target, error) from error
     kept = sorted(folder.glob("round-*"))[-keep:]
     for path in sorted(folder.glob("round-*"))[:-keep]:
         shutil.rmtree(path)
@@ -68,6 +70,20 @@ def save(folder: Path, checkpoint: Checkpoint, *, store: ClientStateStore, keep:
             needed.setdefault(client, set()).add(version)
     for client, versions in needed.items():
         store.prune(client, versions)
+
+
+def _write(scratch: Path, checkpoint: Checkpoint, store: ClientStateStore) -> None:
+    """Write a checkpoint's two files into a folder."""
+    tensors = {f"{kind}/{key}": value for kind in _KINDS for key, value in getattr(checkpoint.state, kind).items()}
+    write_tensors(tensors, scratch / "state.safetensors")
+    record = {
+        "round": checkpoint.round_idx,
+        "notes": dict(checkpoint.state.notes),
+        "versions": {str(client): version for client, version in checkpoint.versions.items()},
+        "sha256": _digest(scratch / "state.safetensors"),
+        "private": {str(client): store.digest(client, version) for client, version in checkpoint.versions.items()},
+    }
+    write_json(record | {"record_sha256": _record_digest(record)}, scratch / "state.json")
 
 
 def load_latest(folder: Path, *, store: ClientStateStore) -> Checkpoint | None:

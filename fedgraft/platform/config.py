@@ -116,18 +116,26 @@ class ExecutorConfig(_Frozen):
     rank_grace_s: float = Field(
         60.0, gt=0, le=1e8, description="How long the other ranks of a task may take once one has ended it."
     )
+    heartbeat_timeout_s: float | None = Field(
+        None, ge=5, le=1e8, description="Silence after which a working replica or the driver counts as frozen; null: 60 s."
+    )
     address: str | None = Field(None, description="Ray cluster to join; null: RAY_ADDRESS, else one of its own.")
     start_timeout_s: float = Field(300.0, gt=0, le=1e8, description="Longest wait for Ray and its actors to start.")
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:
         if self.kind == "in_process":
-            for name in ("replicas", "address"):
+            for name in ("replicas", "address", "heartbeat_timeout_s"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} has no effect with kind: in_process; remove it, or set kind: ray")
             if self.gpus_per_replica:
                 raise ValueError("gpus_per_replica has no effect with kind: in_process; set engine.device: cuda")
         return self
+
+    @property
+    def heartbeat_s(self) -> float:
+        """The silence that counts as frozen, seconds."""
+        return self.heartbeat_timeout_s if self.heartbeat_timeout_s is not None else 60.0
 
 
 class RateSearchConfig(_Frozen):
@@ -237,6 +245,9 @@ class RunConfig(_Frozen):
             raise ValueError("training.learning_rate has no effect beside rate_search; remove one of the two")
         if self.federation.cohort_size is not None and self.federation.min_clients > self.federation.cohort_size:
             raise ValueError("federation.min_clients is larger than federation.cohort_size: no round could go on")
+        silence = self.executor.heartbeat_timeout_s
+        if silence is not None and silence >= self.federation.task_timeout_s:
+            raise ValueError("executor.heartbeat_timeout_s has no effect: federation.task_timeout_s is not longer; lower it")
         used = [label for label, method in self.methods().items() if METHODS.get(method.name).budget_use != "none"]
         if self.federation.budgets is not None and not used:
             raise ValueError(

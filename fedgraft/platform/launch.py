@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from fedgraft.actors.driver import Driver
 from fedgraft.actors.hosting import JobContext
 from fedgraft.actors.local import LocalPool
+from fedgraft.actors.replica import remove_groups
 from fedgraft.errors import ClusterError, FedgraftError
 from fedgraft.platform.config import ExecutorConfig
 from fedgraft.platform.progress import Event
@@ -25,22 +27,26 @@ __all__ = ["cluster", "launch"]
 
 _POLL_S = 5.0
 """Longest wait for one batch of events; a batch returns as soon as there is one, so this only bounds a silent driver's death."""
+_DRIVER_RESTARTS = 3
+"""How often a driver that died is started again: what kills it four times will do so a fifth time."""
 
 
 def launch(job: Callable[[JobContext], Any], executor: ExecutorConfig, on_event: Callable[[Any], None]) -> Any:
     """Run a job and give its result.
 
-    The first Ctrl-C asks the job to stop at the next safe point; a second one ends it at once. Either way what was started
-    here is ended here.
+    The first Ctrl-C or SIGTERM asks the job to stop at the next safe point; a second one ends it at once. Either way what was
+    started here is ended here.
 
     Args:
-        job: Called with its context; it must survive the trip to another process.
+        job: Called with its context; it must survive the trip to another process. If the driver dies, it is called again in a
+            new one, so it must find out by itself what is done.
         executor: Where.
         on_event: Gets the job's events in this process.
 
     Raises:
-        FedgraftError: Whatever the job raised.
-        ClusterError: Ray does not start, cannot be joined, or the driver died.
+        FedgraftError: Whatever the job raised; it is not run again for that.
+        ClusterError: Ray does not start, cannot be joined, or the driver died too often.
+        KeyboardInterrupt: It was ended at once.
     """
     if executor.kind == "in_process":
         stop = threading.Event()
@@ -52,12 +58,18 @@ def launch(job: Callable[[JobContext], Any], executor: ExecutorConfig, on_event:
             torch.set_num_threads(threads)  # a notebook goes on with what it had
     with cluster(executor):
         # No CPU is reserved for the driver: it waits while replicas work, and the replicas' cores are counted on their own.
-        driver = ray.remote(Driver).options(num_cpus=0, max_concurrency=4).remote()
+        options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": _DRIVER_RESTARTS, "max_task_retries": -1}
+        driver = ray.remote(Driver).options(**options).remote()
+        follower = _Follower(
+            driver,
+            driver.run.remote(job),
+            on_event,
+            silence_s=executor.heartbeat_s,
+            start_timeout_s=executor.start_timeout_s,
+        )
         try:
-            result = driver.run.remote(job)
-            with _first_interrupt(lambda: driver.stop.remote(), on_event):
-                _follow(driver, result, on_event)
-            return ray.get(result)
+            with _first_interrupt(follower.stop, on_event):
+                return follower.follow()
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, FedgraftError):
@@ -65,23 +77,81 @@ def launch(job: Callable[[JobContext], Any], executor: ExecutorConfig, on_event:
             raise
         except RayError as error:
             raise ClusterError(
-                f"the driver actor died: {str(error).splitlines()[0]}",
-                "often too little memory; the run can be resumed with fedgraft run --resume",
+                f"the driver actor died and is not restarted more than {_DRIVER_RESTARTS} times: {str(error).splitlines()[0]}",
+                "often too little memory; the run can be resumed",
             ) from error
         finally:
             ray.kill(driver)
+            remove_groups(driver._actor_id.hex())
 
 
-def _follow(driver: Any, result: Any, on_event: Callable[[Any], None]) -> None:
-    """Hand over events until the job is over. The driver answers as soon as it has one."""
-    seen = 0
-    while True:
-        events, is_over = ray.get(driver.events.remote(seen, _POLL_S))
-        seen += len(events)
-        for event in events:
-            on_event(event)
-        if is_over or (not events and ray.wait([result], timeout=0)[0]):  # the job may have failed before it began
-            return
+class _Follower:
+    """Hands over a driver's events until its job is over, across the driver's restarts.
+
+    Args:
+        driver: The actor.
+        result: What its job will give.
+        on_event: Gets the events.
+        silence_s: A driver that says nothing for so long, though it was asked twice, is frozen; it is restarted.
+        start_timeout_s: Longest time that a driver may take to start, also again.
+    """
+
+    def __init__(
+        self, driver: Any, result: Any, on_event: Callable[[Any], None], *, silence_s: float, start_timeout_s: float
+    ) -> None:
+        self._driver = driver
+        self._result = result
+        self._on_event = on_event
+        self._silence_s = silence_s
+        self._start_timeout_s = start_timeout_s
+        self._is_to_stop = False
+
+    def stop(self) -> None:
+        """Ask the job to stop at the next safe point; a restarted driver is asked again."""
+        self._is_to_stop = True
+        self._driver.stop.remote()
+
+    def follow(self) -> Any:
+        """Hand over events until the job is over, and give its result."""
+        epoch, seen = "", 0
+        heard = time.monotonic()
+        silent: tuple[object, ...] | None = None
+        while True:
+            try:
+                batch = ray.get(self._driver.events.remote(epoch, seen, _POLL_S), timeout=_POLL_S + self._silence_s)
+            except GetTimeoutError:
+                # It may be starting, which takes its time on a busy machine: only one that was there all the while is frozen.
+                before, silent = silent, self._life()
+                if silent is not None and silent == before:
+                    self._note(f"the driver actor has given no sign of life for {self._silence_s:.0f} s; it is ended")
+                    ray.kill(self._driver, no_restart=False)
+                if silent is None and time.monotonic() - heard > self._start_timeout_s:
+                    raise ClusterError(
+                        f"the driver actor did not start within executor.start_timeout_s = {self._start_timeout_s:.0f} s",
+                        "raise it, or free the machine",
+                    ) from None
+                continue
+            silent, heard = None, time.monotonic()
+            if batch.epoch != epoch:
+                if epoch:
+                    self._note("the driver actor died and was restarted; it goes on from the last completed round")
+                if self._is_to_stop:
+                    self._driver.stop.remote()
+                epoch, seen = batch.epoch, 0
+            seen += len(batch.events)
+            for event in batch.events:
+                self._on_event(event)
+            # The job may have failed before it began: then the driver never says that it is over.
+            if batch.is_over or (not batch.events and ray.wait([self._result], timeout=0)[0]):
+                return ray.get(self._result)
+
+    def _life(self) -> tuple[object, ...] | None:
+        """Which process the driver is now; none while it starts."""
+        found = ray._private.state.actors(self._driver._actor_id.hex())
+        return (found["Pid"], found["StartTime"]) if found["State"] == "ALIVE" else None
+
+    def _note(self, text: str) -> None:
+        self._on_event(Event(kind="note", data={"text": text}))
 
 
 @contextmanager
@@ -102,10 +172,12 @@ def cluster(executor: ExecutorConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
+    if address in (None, "local"):
         options["include_dashboard"] = False
     try:
         ray.init(address=address, **options)
+    except SystemExit:  # how Ray takes a SIGTERM while it starts
+        raise KeyboardInterrupt from None
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError, GetTimeoutError) as error:
         where = f"join the Ray cluster at {address}" if address else "start a local Ray cluster"
         raise ClusterError(
@@ -120,19 +192,23 @@ def cluster(executor: ExecutorConfig) -> Iterator[None]:
 
 @contextmanager
 def _first_interrupt(stop: Callable[[], object], on_event: Callable[[Any], None]) -> Iterator[None]:
-    """Let the first Ctrl-C call ``stop`` and the second one raise KeyboardInterrupt; only the main thread can."""
+    """Let the first Ctrl-C or SIGTERM call ``stop`` and the second one raise KeyboardInterrupt; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in before:
+            signal.signal(each, signal.default_int_handler)
         stop()
-        on_event(Event(kind="note", data={"text": "stopping after this round; Ctrl-C again stops at once"}))
+        again = "Ctrl-C again stops" if number == signal.SIGINT else "SIGTERM or Ctrl-C stops"
+        on_event(Event(kind="note", data={"text": f"stopping after this round; {again} at once"}))
 
-    signal.signal(signal.SIGINT, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

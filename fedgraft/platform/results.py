@@ -32,6 +32,7 @@ __all__ = [
     "RunResult",
     "best_round",
     "client_values",
+    "failure_counts",
     "is_choice_informative",
     "last_round",
     "rank",
@@ -260,6 +261,17 @@ def round_values(run: RunResult, split: str = "test") -> pd.DataFrame:
     return frame.sort_index()
 
 
+def failure_counts(runs: Sequence[RunResult]) -> pd.DataFrame:
+    """Count the rounds in which a client gave no update, over all of the runs.
+
+    Returns:
+        Columns ``client_id``, ``stage`` (at which it failed) and ``rounds``, sorted by the first two; no row where none failed.
+    """
+    failures = [failure for run in runs for failure in run.info.get("failures") or ()]
+    rows = pd.DataFrame(failures, columns=["client_id", "stage"])
+    return rows.groupby(["client_id", "stage"]).size().rename("rounds").reset_index()
+
+
 def last_round(run: RunResult) -> int:
     """Give the last round whose personal NLL was measured; -1 where none was."""
     values = round_values(run)["personal_nll"].dropna()
@@ -305,7 +317,8 @@ def summary(result: RunResult | ComparisonResult) -> pd.DataFrame:
 
     Returns:
         Indexed by label, in the order of the comparison. ``method``, ``num_seeds``, ``num_clients``, ``learning_rate``,
-        ``last_rounds`` and ``best_rounds`` (tuples, one a seed; see ``best_round``), ``choice_informative``; for each
+        ``last_rounds`` and ``best_rounds`` (tuples, one a seed; see ``best_round``), ``choice_informative``,
+        ``client_failures`` (rounds in which a client gave no update, over all clients and seeds); for each
         quantity q of ``QUANTITIES`` ``last_q`` and ``best_q``; ``bytes_up``, ``bytes_down``, ``seconds`` of the whole
         run.
         Over several seeds these are means, and ``<column>_std`` is the sample deviation (NaN with one seed).
@@ -322,6 +335,7 @@ def summary(result: RunResult | ComparisonResult) -> pd.DataFrame:
             "last_rounds": tuple(last_round(run) for run in runs),
             "best_rounds": tuple(best_round(run) for run in runs),
             "choice_informative": informative,
+            "client_failures": int(failure_counts(runs)["rounds"].sum()),
         }
         for column in seeds.columns:
             row[column] = seeds[column].mean()
@@ -406,6 +420,9 @@ def summary_table(result: RunResult | ComparisonResult, at: str = "last") -> Tab
         table.add_column(f"{short[quantity.name]}\n{direction}", justify="right")
     table.add_column("MiB up\nlower", justify="right")
     table.add_column("rate", justify="right")
+    has_failures = bool(frame["client_failures"].sum())
+    if has_failures:
+        table.add_column("no\nupdate", justify="right")
     best = {q.name: _best_text(frame[f"{at}_{q.name}"], q) for q in shown}
     for label, row in frame.iterrows():
         cells = [Text(str(label)), Text(_rounds_text(row[f"{at}_rounds"]))]
@@ -418,6 +435,8 @@ def summary_table(result: RunResult | ComparisonResult, at: str = "last") -> Tab
             Text(_number(row["bytes_up"] / 2**20, 1)),
             Text("-" if rate is None or pd.isna(rate) else _rate(rate)),
         ]
+        if has_failures:
+            cells.append(Text(str(row["client_failures"])))
         table.add_row(*cells)
     return table
 
@@ -426,6 +445,8 @@ def _caption(result: RunResult | ComparisonResult, frame: pd.DataFrame) -> str:
     parts = ["bold: best of a column; 'lower' and 'higher': which is better"]
     if int(frame["num_seeds"].max()) == 1:
         parts.append("one seed: no spread over seeds")
+    if frame["client_failures"].sum():
+        parts.append("no update: how often a client failed in a round; the report names clients, stages and errors")
     if is_choice_informative(result) is False:
         parts.append("choice accuracy tells nothing here: the base model is at chance")
     return "\n".join(parts)

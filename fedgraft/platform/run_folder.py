@@ -15,10 +15,11 @@ clients/             private state of clients; see ``state_store``
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from fedgraft.platform.storage import append_text, written_whole
 
 __all__ = ["RECORDS", "RunFolder", "write_json"]
 
@@ -27,14 +28,13 @@ RECORDS = ("metrics", "evaluations", "ledger", "diagnostics", "hashes")
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON under a temporary name, flush to disk, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)
+    """Write JSON under a temporary name, flush to disk, then rename.
+
+    Raises:
+        StorageError: It cannot be written, e.g. as the disk is full; what was there is as it was.
+    """
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=1))
 
 
 class RunFolder:
@@ -59,9 +59,12 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def append(self, record: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to one of ``RECORDS``."""
-        with (self.path / f"{record}.jsonl").open("a") as stream:
-            stream.writelines(json.dumps(dict(row)) + "\n" for row in rows)
+        """Add lines to one of ``RECORDS``, all of them or none, and flush them to disk.
+
+        Raises:
+            StorageError: They cannot be written, e.g. as the disk is full.
+        """
+        append_text(self.path / f"{record}.jsonl", "".join(json.dumps(dict(row)) + "\n" for row in rows))
 
     def truncate(self, last_round: int) -> None:
         """Drop the lines of rounds after ``last_round``, and a torn last line: a resumed run writes them again."""
@@ -77,9 +80,8 @@ class RunFolder:
                     break  # torn by a kill; every line after it belongs to a later round
                 if row["round"] <= last_round:
                     kept.append(line + "\n")
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text("".join(kept))
-            os.replace(scratch, path)
+            with written_whole(path) as scratch:
+                scratch.write_text("".join(kept))
 
     def write_info(self, **fields: Any) -> None:
         """Set fields of ``run.json``; the others stay."""

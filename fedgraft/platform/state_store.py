@@ -7,29 +7,26 @@ again after a kill starts from the same bytes and overwrites its own result.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import safetensors
 from safetensors.torch import load_file, save_file
 
 from fedgraft.errors import CheckpointError
+from fedgraft.platform.storage import written_whole
 from fedgraft.types import Params
 
 __all__ = ["ClientStateStore", "read_tensors", "write_tensors"]
 
 
 def write_tensors(tensors: Params, path: Path) -> None:
-    """Write tensors as safetensors under a temporary name, flush to disk, then rename: a reader sees all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write tensors as safetensors under a temporary name, flush to disk, then rename: a reader sees all or nothing.
+
+    Raises:
+        StorageError: The file cannot be written, e.g. as the disk is full; what was there is as it was.
+    """
+    with written_whole(path) as scratch:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, scratch)
-        with scratch.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> Params:
@@ -74,6 +71,11 @@ class ClientStateStore:
     def digest(self, client_id: int, version: int) -> str:
         """SHA-256 of the stored file."""
         return hashlib.sha256(self.path(client_id, version).read_bytes()).hexdigest()
+
+    def sweep(self) -> None:
+        """Delete what replicas that were killed had half written."""
+        for path in sorted(self._folder.glob("*/.round-*")):
+            path.unlink(missing_ok=True)
 
     def prune(self, client_id: int, keep: set[int]) -> None:
         """Delete the versions of a client that are not in ``keep``."""

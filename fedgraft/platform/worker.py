@@ -23,7 +23,7 @@ import fedgraft.aggregation  # noqa: F401  (registers the methods)
 from fedgraft.data.batches import eval_batches
 from fedgraft.data.prepared import PreparedData, TokenizedSplit
 from fedgraft.data.tokenise import load_tokenizer, pad_token_id
-from fedgraft.errors import BudgetViolation, GroupViolation, ModelError, ReplicaError, UpdateError
+from fedgraft.errors import BudgetViolation, GroupViolation, ModelError, ReplicaError, StorageError, UpdateError
 from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.hashing import hash_params
@@ -226,8 +226,8 @@ class ClientWorker:
                 result = self.method.local(session, train)
                 stage = "reply"
                 return self._reply(session, task, result, start)
-        except (BudgetViolation, GroupViolation, ReplicaError):
-            raise  # a broken promise of the method ends the run, a broken replica is replaced: neither is a client's bad luck
+        except (BudgetViolation, GroupViolation, ReplicaError, StorageError):
+            raise  # a broken promise or a full disk ends the run, a broken replica is replaced: none is a client's bad luck
         except Exception as error:
             if stage == "train" and is_out_of_memory(error):
                 raise _OutOfMemory(f"{type(error).__name__}: {error}") from None

@@ -12,10 +12,12 @@ test split is never looked at. One rate for all methods misleads: where LoRA is 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -35,6 +37,7 @@ from fedgraft.errors import (
     Problem,
     QuorumError,
     RunInterrupted,
+    StorageError,
 )
 from fedgraft.moe.base import cache_base
 from fedgraft.platform.budget_sizes import run_budgets
@@ -49,6 +52,7 @@ from fedgraft.platform.results import ComparisonResult, RunResult, read_comparis
 from fedgraft.platform.rounds import RoundLoop, RunJob
 from fedgraft.platform.run_folder import RunFolder, write_json
 from fedgraft.platform.run_record import begin_record, describe_model, package_versions
+from fedgraft.platform.storage import is_disk_full, storage_error, written_whole
 from fedgraft.platform.tracking import Tracker, TrackingConfig
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import MethodConfig
@@ -58,6 +62,8 @@ from fedgraft.tuning.references import Reference, train_reference
 from fedgraft.types import Budget
 
 __all__ = ["Experiment", "run"]
+
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -90,14 +96,16 @@ def run(
     else:
         require_memory(config)
         folder = _new_folder(config)
-        (folder / "config.yaml").write_text(dump_config(config.absolute()))
+        with written_whole(folder / "config.yaml") as scratch:
+            scratch.write_text(dump_config(config.absolute()))
     notify = on_event or (lambda event: None)
     try:
         launch(Experiment(str(folder)), config.executor, notify)
     except RunInterrupted as error:
         raise RunInterrupted(error.message, f"go on with: fedgraft run --resume {folder}") from None
-    except (QuorumError, ClusterError) as error:
-        hint = f"{error.hint}; options are in {folder}/config.yaml; go on with: fedgraft run --resume {folder}"
+    except (QuorumError, ClusterError, StorageError) as error:
+        options = "" if isinstance(error, StorageError) else f"options are in {folder}/config.yaml; "
+        hint = f"{error.hint}; {options}go on with: fedgraft run --resume {folder}"
         raise type(error)(error.message, hint) from None
     except KeyboardInterrupt:
         raise RunInterrupted("stopped at once", f"go on with: fedgraft run --resume {folder}") from None
@@ -137,11 +145,18 @@ class _Execution:
         self._mlflow_run_id = json.loads(previous.read_text()).get("mlflow_run_id") if previous.is_file() else None
 
     def run(self) -> None:
-        """Run what is left; however it ends, ``comparison.json`` says so."""
+        """Run what is left; however it ends, ``comparison.json`` says so, unless the disk is full.
+
+        Raises:
+            StorageError: A disk is full, whoever met it.
+        """
         try:
             self._run_all()
         except Exception as error:
-            self._write_comparison("stopped" if isinstance(error, RunInterrupted) else "failed")
+            with _kept_going("comparison.json"):
+                self._write_comparison("stopped" if isinstance(error, RunInterrupted) else "failed")
+            if isinstance(error, OSError) and is_disk_full(error):
+                raise storage_error(Path(error.filename or self._folder / "comparison.json"), error) from error
             raise
 
     def _run_all(self) -> None:
@@ -168,7 +183,9 @@ class _Execution:
                 task_timeout_s=config.federation.task_timeout_s,
                 start_timeout_s=config.executor.start_timeout_s,
                 rank_grace_s=config.executor.rank_grace_s,
-            )
+                heartbeat_timeout_s=config.executor.heartbeat_s,
+            ),
+            lambda text: self._emit("note", text=text),
         )
         parent: Tracker | None = None
         try:
@@ -352,7 +369,8 @@ class _Execution:
         except Exception as error:
             status = "stopped" if isinstance(error, RunInterrupted) else "failed"
             seconds = float(known.get("seconds", 0.0)) + time.time() - started
-            RunFolder(folder).write_info(status=status, error=str(error), seconds=seconds)
+            with _kept_going("run.json"):
+                RunFolder(folder).write_info(status=status, error=str(error), seconds=seconds)
             tracker.finish(status)
             raise
         seconds = float(known.get("seconds", 0.0)) + time.time() - started
@@ -490,6 +508,15 @@ class _Execution:
 
     def _emit(self, kind: str, label: str = "", **data: object) -> None:
         self._context.emit(Event(kind=kind, label=label, data=data))
+
+
+@contextlib.contextmanager
+def _kept_going(name: str) -> Iterator[None]:
+    """While an error is on its way out, a status that cannot be written is said in the log: it must not hide that error."""
+    try:
+        yield
+    except StorageError as error:
+        _log.warning("how the run ended is not noted in %s: %s", name, error.message)
 
 
 def _new_folder(config: RunConfig) -> Path:

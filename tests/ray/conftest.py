@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -21,3 +21,20 @@ def ray_cluster() -> Iterator[None]:
     left = [child for child in psutil.Process().children(recursive=True) if "ray" in child.name().lower()]
     _, alive = psutil.wait_procs(left, timeout=20)
     assert not alive, f"still running after the tests: {alive}"
+
+
+@pytest.fixture(scope="session")
+def ray_processes() -> Callable[[str], list[psutil.Process]]:
+    """Processes of this cluster, and of no other one on the machine, by what Ray calls them: ``Rank``, ``Driver``."""
+
+    def find(name: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if f"ray::{name}" in " ".join(process.cmdline()):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+        return found
+
+    return find

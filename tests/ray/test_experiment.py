@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import psutil
 import pytest
 
@@ -84,18 +85,51 @@ def test_actors_give_the_bits_of_this_process(make_config: Callable[..., Any], r
         assert _fingerprint(result.folder) == reference
 
 
-def test_a_killed_replica_changes_no_bit(make_config: Callable[..., Any], reference: dict[str, Any]) -> None:
+def test_a_killed_replica_changes_no_bit(
+    make_config: Callable[..., Any], reference: dict[str, Any], ray_processes: Callable[[str], list[psutil.Process]]
+) -> None:
     kills: list[int] = []
 
     def on_event(event: Event) -> None:
         if event.kind == "round" and event.label == "flex" and not kills:
-            victims = [p for p in psutil.process_iter(["cmdline"]) if "ray::Rank" in " ".join(p.info["cmdline"] or [])]
-            kills.append(victims[0].pid)
-            os.kill(victims[0].pid, signal.SIGKILL)
+            kills.append(ray_processes("Rank")[0].pid)
+            os.kill(kills[0], signal.SIGKILL)
 
     result = fedgraft.run(make_config("killed", kind="ray", replicas=2), on_event=on_event)
     assert kills
     assert _fingerprint(result.folder) == reference
+
+
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")  # MLflow's own
+def test_a_killed_driver_changes_no_bit_and_goes_on_with_its_mlflow_runs(
+    make_config: Callable[..., Any], reference: dict[str, Any], ray_processes: Callable[[str], list[psutil.Process]]
+) -> None:
+    config = make_config("driver", kind="ray", replicas=1)
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": True})})
+    killed: list[int] = []
+    notes: list[str] = []
+
+    def on_event(event: Event) -> None:
+        if event.kind == "note":
+            notes.append(str(event.data["text"]))
+        if event.kind == "round" and event.label == "flex" and event.data["round"] == 2 and not killed:
+            (driver,) = ray_processes("Driver")
+            killed.append(driver.pid)
+            driver.kill()
+
+    result = fedgraft.run(config, on_event=on_event)
+    assert killed
+    assert any("the driver actor died and was restarted" in note for note in notes)
+    assert result.status == "finished"
+    assert _fingerprint(result.folder) == reference
+    client = mlflow.MlflowClient(f"sqlite:///{result.folder.parent / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'fedgraft'")
+    runs = {run.info.run_name: run.info for run in client.search_runs([experiment.experiment_id])}
+    assert sorted(runs) == ["driver", "fedavg/seed-0", "flex/seed-0"]
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+    steps = [point.step for point in client.get_metric_history(runs["flex/seed-0"].run_id, "train_loss")]
+    assert steps == [1, 2, 3]
+    assert {info.status for info in runs.values()} == {"FINISHED"}
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(make_config: Callable[..., Any], reference: dict[str, Any]) -> None:

@@ -46,8 +46,10 @@ def test_ranks_know_their_place_and_the_leader_answers(pool: RayPool) -> None:
 
 
 @pytest.mark.parametrize("act", ["die", "hang"])
-def test_ranks_live_and_die_together(pool: RayPool, tmp_path: Path, act: str) -> None:
-    processes = [p for p in psutil.process_iter(["cmdline"]) if "ray::Rank" in " ".join(p.info["cmdline"] or [])]
+def test_ranks_live_and_die_together(
+    pool: RayPool, tmp_path: Path, ray_processes: Callable[[str], list[psutil.Process]], act: str
+) -> None:
+    processes = ray_processes("Rank")
     assert len(processes) >= 4
     bad = Item(number=1, act=act, once=tmp_path / "done", rank=1)
     found = _run(pool, [Item(number=0), bad, Item(number=2)])
@@ -56,6 +58,14 @@ def test_ranks_live_and_die_together(pool: RayPool, tmp_path: Path, act: str) ->
     gone = [process for process in processes if not process.is_running()]
     assert len(gone) == 2  # the follower that did it, and its leader
     assert [rank for rank, *_ in pool.call("place")] == ["0", "0"]
+
+
+def test_a_frozen_rank_is_noticed_before_its_leader_has_waited_for_it(tmp_path: Path) -> None:
+    pool = RayPool(PoolOptions(replicas=1, ranks=2, max_failures=2, task_timeout_s=300.0, heartbeat_timeout_s=3.0))
+    pool.host(Double)
+    found = _run(pool, [Item(number=1, act="freeze", once=tmp_path / "done", rank=1)])
+    pool.close()
+    assert (found[0].value, found[0].followers, found[0].num_tries) == (101, (1101,), 2)
 
 
 def test_too_many_ranks_are_refused_before_waiting() -> None:
@@ -113,7 +123,10 @@ def _nll(found: dict[str, Any]) -> dict[Any, float]:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_train_as_one_process_does(
-    stage: int, make_config: Callable[..., Any], assert_same_bits: Callable[..., None]
+    stage: int,
+    make_config: Callable[..., Any],
+    assert_same_bits: Callable[..., None],
+    ray_processes: Callable[[str], list[psutil.Process]],
 ) -> None:
     alone = _state(fedgraft.run(make_config("alone", {"name": "torch"}, {"kind": "in_process"})).folder)
     engine = {"name": "deepspeed", "stage": stage, "world_size": 2}
@@ -134,8 +147,7 @@ def test_two_ranks_train_as_one_process_does(
 
     def on_event(event: Event) -> None:
         if event.kind == "round" and not killed:
-            victims = [p for p in psutil.process_iter(["cmdline"]) if "ray::Rank" in " ".join(p.info["cmdline"] or [])]
-            killed.append(max(victims, key=lambda p: p.create_time()).pid)
+            killed.append(max(ray_processes("Rank"), key=lambda p: p.create_time()).pid)
             os.kill(killed[0], signal.SIGKILL)
 
     again = _state(fedgraft.run(make_config("killed", engine, executor), on_event=on_event).folder)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import fedgraft
 from fedgraft.cli import app
-from fedgraft.errors import ClusterError, QuorumError, RunInterrupted
+from fedgraft.errors import ClusterError, QuorumError, RunInterrupted, StorageError
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.doctor import Check
 from fedgraft.platform.progress import Event
@@ -132,6 +132,7 @@ def test_all_problems_are_shown_once_with_exit_code_2(run: FakeRun) -> None:
             "cannot start Ray: [port] in use\n  what to do: try again",
         ),
         (QuorumError("1 of 8 answered"), 5, "1 of 8 answered"),
+        (StorageError("/r/run.json cannot be written: no space is left there", "free space"), 8, "what to do: free space"),
         (
             RunInterrupted("flex stopped after round 2 of 6", "go on with: fedgraft run --resume /r"),
             130,

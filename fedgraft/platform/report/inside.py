@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,12 @@ import pandas as pd
 
 from fedgraft.platform.report import figures
 from fedgraft.platform.report.parts import Cell, Section, Subject, Table, drawings, fixed, lines
-from fedgraft.platform.results import RunResult, client_values
+from fedgraft.platform.results import RunResult, client_values, failure_counts
 
 __all__ = ["INSIDE_SECTIONS"]
+
+_MAX_FAILURES = 100
+"""Failures that are listed one by one; all are counted."""
 
 
 def _graft_section(subject: Subject) -> Section | None:
@@ -172,6 +175,38 @@ def _partition_section(subject: Subject) -> Section | None:
 
 
 def _failures_section(subject: Subject) -> Section | None:
+    failures = [
+        (label, failure) for label, runs in subject.runs.items() for run in runs for failure in run.info.get("failures") or ()
+    ]
+    ends = [
+        f"{label}, seed {run.info.get('seed')}: {run.status}, not finished."
+        for label, runs in subject.runs.items()
+        for run in runs
+        if run.status != "finished"
+    ]
+    if not failures and not ends:
+        return None
+    tables = (_failure_counts(subject), _failure_list(subject, failures)) if failures else ()
+    return Section(key="failures", title="Failures", warnings=tuple(ends), tables=tables)
+
+
+def _failure_counts(subject: Subject) -> Table:
+    """How often each client gave no update, by the stage at which it failed."""
+    rows = [
+        (
+            Cell(text=label, colour=subject.colours[label]),
+            Cell(text=subject.names.get(int(row["client_id"]), str(row["client_id"]))),
+            Cell(text=str(row["stage"])),
+            Cell(text=str(row["rounds"]), is_number=True),
+        )
+        for label, runs in subject.runs.items()
+        for row in failure_counts(runs).to_dict("records")
+    ]
+    columns = (("method", ""), ("client", ""), ("stage", ""), ("rounds", ""))
+    return Table(caption="Rounds in which a client gave no update, over all seeds", columns=columns, rows=tuple(rows))
+
+
+def _failure_list(subject: Subject, failures: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     rows = [
         (
             Cell(text=label, colour=subject.colours[label]),
@@ -180,21 +215,11 @@ def _failures_section(subject: Subject) -> Section | None:
             Cell(text=str(failure.get("stage", "-"))),
             Cell(text=str(failure.get("error", "-"))),
         )
-        for label, runs in subject.runs.items()
-        for run in runs
-        for failure in run.info.get("failures") or ()
+        for label, failure in failures[:_MAX_FAILURES]
     ]
-    ends = [
-        f"{label}, seed {run.info.get('seed')}: {run.status}, not finished."
-        for label, runs in subject.runs.items()
-        for run in runs
-        if run.status != "finished"
-    ]
-    if not rows and not ends:
-        return None
     columns = (("method", ""), ("round", ""), ("client", ""), ("stage", ""), ("error", ""))
-    table = Table(caption="Clients that gave no update in a round", columns=columns, rows=tuple(rows))
-    return Section(key="failures", title="Failures", warnings=tuple(ends), tables=(table,) if rows else ())
+    more = f"; the first {_MAX_FAILURES} of {len(failures)}" if len(failures) > _MAX_FAILURES else ""
+    return Table(caption=f"Clients that gave no update in a round{more}", columns=columns, rows=tuple(rows))
 
 
 def _checks_section(subject: Subject) -> Section | None:

@@ -392,6 +392,16 @@ def test_a_broken_method_file_is_a_problem(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in found.hint
 
 
+def test_a_heartbeat_that_would_have_no_effect_is_refused() -> None:
+    found = problems(None, "executor={kind: in_process, heartbeat_timeout_s: 30}")
+    assert "heartbeat_timeout_s has no effect with kind: in_process" in found["executor"].hint
+    found = problems(None, "executor.heartbeat_timeout_s=30", "federation.task_timeout_s=30")
+    assert "federation.task_timeout_s is not longer" in found["executor.heartbeat_timeout_s"].hint
+    assert "at least 5, or null" in problems(None, "executor.heartbeat_timeout_s=4")["executor.heartbeat_timeout_s"].expected
+    assert load_config(None, ["executor.heartbeat_timeout_s=30"], checks_files=False).executor.heartbeat_s == 30
+    assert load_config(None, checks_files=False).executor.heartbeat_s == 60
+
+
 # Writing.
 
 

@@ -183,6 +183,7 @@ def test_the_best_of_each_column_is_marked(page: str) -> None:
 def test_warnings_failures_and_checks_are_shown(page: str) -> None:
     assert "FLAME: the chosen rate 0.001 is at the edge of its grid" in page
     assert "out of memory &lt;script&gt;" in page
+    assert "Rounds in which a client gave no update" in page
     assert "the same hash before and after training in all 6 runs" in page
 
 

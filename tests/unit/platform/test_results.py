@@ -224,3 +224,22 @@ def test_a_comparison_without_runs_for_a_label_is_refused(tmp_path: Path) -> Non
     make_comparison(tmp_path, {"graft": []})
     with pytest.raises(FedgraftError, match="no runs listed for graft"):
         results.read_comparison(tmp_path)
+
+
+def test_failures_are_counted_by_client_and_stage(tmp_path: Path) -> None:
+    def failed(client: int, stage: str, times: int) -> list[dict]:
+        return [{"client_id": client, "stage": stage, "error": "e", "round_idx": 1 + time} for time in range(times)]
+
+    first = results.read_run(make_run(tmp_path / "a", failures=failed(1, "train", 2) + failed(0, "replica", 1)))
+    second = results.read_run(make_run(tmp_path / "b", failures=failed(1, "train", 1) + failed(1, "reply", 1)))
+    counts = results.failure_counts([first, second])
+    assert [tuple(row) for row in counts.itertuples(index=False)] == [(0, "replica", 1), (1, "reply", 1), (1, "train", 3)]
+    assert results.summary(first).loc["graft", "client_failures"] == 3
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(results.summary_table(first))
+    assert "no update: how often a client failed in a round" in shown.getvalue()
+    whole = results.read_run(make_run(tmp_path / "c"))
+    assert not len(results.failure_counts([whole]))
+    quiet = io.StringIO()
+    Console(file=quiet, width=120).print(results.summary_table(whole))
+    assert "update" not in quiet.getvalue()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedgraft.platform import run_folder as module
+from fedgraft.platform import storage
 from fedgraft.platform.run_folder import RECORDS, RunFolder, write_json
 
 
@@ -71,7 +71,7 @@ def test_a_kill_while_writing_facts_leaves_the_old_ones(folder: RunFolder, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "replace", die)
+        patch.setattr(storage.os, "replace", die)
         with pytest.raises(KeyboardInterrupt):
             folder.write_info(a=2)
     assert folder.read_info() == {"a": 1}
