@@ -12,7 +12,7 @@ from typing import Any
 
 import fedgraft
 
-__all__ = ["Findings", "examine"]
+__all__ = ["Findings", "examine", "is_scratch", "lost_rounds", "tracking_faults"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +47,9 @@ def examine(folder: Path, reference: Path) -> Findings:
     verification = fedgraft.verify(reference, folder)
     return Findings(
         differences=tuple(str(difference) for difference in verification.differences),
-        lost_rounds=tuple(_lost_rounds(folder)),
-        tracking=tuple(_tracking(folder)),
-        left_files=tuple(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if _is_scratch(path)),
+        lost_rounds=tuple(lost_rounds(folder)),
+        tracking=tuple(tracking_faults(folder)),
+        left_files=tuple(str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if is_scratch(path)),
         rounds=sum(run.rounds for run in verification.runs),
         tensors=sum(run.tensors for run in verification.runs),
         private_states=sum(run.private_states for run in verification.runs),
@@ -66,7 +66,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _lost_rounds(folder: Path) -> list[str]:
+def lost_rounds(folder: Path) -> list[str]:
     """Rounds that are not exactly once in a run's metrics, or not in order."""
     wrong = []
     for name, run in _runs(folder).items():
@@ -79,7 +79,7 @@ def _lost_rounds(folder: Path) -> list[str]:
     return wrong
 
 
-def _tracking(folder: Path) -> list[str]:
+def tracking_faults(folder: Path) -> list[str]:
     """What MLflow has, read from its tables: one finished run a run and one of the experiment, each step once, the right loss."""
     with closing(sqlite3.connect(f"file:{folder.parent / 'mlflow.db'}?mode=ro", uri=True)) as database:
         runs = database.execute("SELECT run_uuid, name, status FROM runs").fetchall()
@@ -110,5 +110,5 @@ def _tracking(folder: Path) -> list[str]:
     return wrong
 
 
-def _is_scratch(path: Path) -> bool:
+def is_scratch(path: Path) -> bool:
     return path.name.startswith(".") or path.suffix == ".tmp"

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 import yaml
+from chaos_monkey import Monkey
+from chaos_watch import Watch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from chaos_monkey import Monkey
-from chaos_watch import Watch
+import fedgraft
 
-__all__ = ["METHODS", "NUM_CLIENTS", "ChaosError", "Command", "Material", "make_material", "run_under"]
+__all__ = ["METHODS", "NUM_CLIENTS", "ChaosError", "Command", "Material", "make_material", "run_alone", "run_under"]
 
 NUM_CLIENTS = 8
 METHODS: dict[str, dict[str, Any]] = {
@@ -72,9 +73,7 @@ def make_material(folder: Path) -> Material:
     """Write the model, its tokenizer of one token a byte, and the examples: 12 to 19 of each client, each with its own words."""
     backend = Tokenizer(
         models.BPE(
-            vocab={
-                token: index for index, token in enumerate([*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])
-            },
+            vocab={token: index for index, token in enumerate([*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])},
             merges=[],
         )
     )
@@ -118,9 +117,7 @@ def make_material(folder: Path) -> Material:
     general = [{"q": f"say {i}", "a": f"word {i}"} for i in range(6)]
     for name, rows in (("clients.jsonl", lines), ("general.jsonl", general)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Material(
-        folder=folder, model=folder / "model", clients=folder / "clients.jsonl", general=folder / "general.jsonl"
-    )
+    return Material(folder=folder, model=folder / "model", clients=folder / "clients.jsonl", general=folder / "general.jsonl")
 
 
 class Command:
@@ -167,6 +164,11 @@ class Command:
                 env=clean,
                 start_new_session=True,
             )
+
+
+def run_alone(material: Material, name: str, **parts: Any) -> Path:
+    """Run an experiment undisturbed in this process, as ``Material.config`` describes it; gives its folder."""
+    return fedgraft.run(fedgraft.load_config(material.config(name, executor={"kind": "in_process"}, **parts))).folder
 
 
 class ChaosError(Exception):
