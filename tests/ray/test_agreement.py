@@ -1,4 +1,4 @@
-"""Four replicas give the bits of one process, whoever answers first: extras, assignments and private state, through ``verify``."""
+"""Four replicas give the bits of one process, whoever answers first: extras, assignments, private state, through ``verify``."""
 
 from __future__ import annotations
 
