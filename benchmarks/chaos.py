@@ -29,7 +29,7 @@ from typing import Any
 from chaos_agreement import compare_executors
 from chaos_checks import examine
 from chaos_experiment import METHODS, NUM_CLIENTS, ChaosError, Command, Material, make_material, run_alone, run_under
-from chaos_monkey import KINDS, Monkey
+from chaos_monkey import EARLY, KINDS, Monkey
 from chaos_processes import Herd
 
 __all__ = ["Record", "main", "strike_at"]
@@ -153,6 +153,7 @@ def main() -> None:
             if not has_time():
                 break
             kinds = random.Random(seed).sample(arguments.kinds, len(arguments.kinds))
+            kinds.sort(key=lambda kind: kind not in EARLY)  # a stable sort: the others stay in their order
             config = chaos_config(material, f"chaos-{seed}", arguments.rounds)
             record.add(f"seed {seed}", strike_at(material, reference, config, kinds, seed=seed, limit_s=arguments.limit_s))
             seeds.append(seed)

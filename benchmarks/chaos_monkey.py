@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import random
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from chaos_processes import Herd, freeze, kill, thaw, title
 from chaos_watch import Change
 
-__all__ = ["KINDS", "Monkey", "Scene", "Strike"]
+__all__ = ["EARLY", "KINDS", "Monkey", "Scene", "Strike", "unremembered_runs"]
 
 _IDLE, _AT_WORK, _STARTING, _DRIVER = "ray::Rank", "ray::Rank.run", "ray::Rank.host", "ray::Driver"
 _PRIVATE = re.compile(r"/clients/(\d{6})/(\.?)round-(\d{6})\.safetensors(?:\.(\d+))?$")
@@ -138,6 +141,25 @@ def _checkpoint_unrenamed(scene: Scene) -> bool:
     return False
 
 
+def _tracking_unremembered(scene: Scene) -> bool:
+    """Between MLflow's making of a run and the note of its id in the folder: the driver dies."""
+    if scene.change is None or not scene.change.path.name.startswith("mlflow.db"):
+        return False
+    root, pid = scene.change.path.parent, scene.pick(_DRIVER)
+    return pid is not None and _kill_if(pid, lambda: bool(unremembered_runs(root)))
+
+
+def unremembered_runs(root: Path) -> set[str]:
+    """Ids of the runs that MLflow's database in a runs folder has and no file of the experiments in it names."""
+    try:
+        with closing(sqlite3.connect(f"file:{root / 'mlflow.db'}?mode=ro", uri=True, timeout=0)) as database:
+            ids = {row[0] for row in database.execute("SELECT run_uuid FROM runs")}
+    except sqlite3.OperationalError:  # not there yet, or in the middle of a transaction
+        return set()
+    told = "".join(path.read_text() for name in ("comparison.json", "run.json") for path in root.rglob(name))
+    return {run_id for run_id in ids if run_id not in told}
+
+
 def _driver(scene: Scene) -> bool:
     pid = scene.pick(_DRIVER) if scene.change is None else None
     return pid is not None and _kill_if(pid, lambda: True)
@@ -188,6 +210,7 @@ KINDS: dict[str, Callable[[Scene], bool]] = {
     "reply_unacknowledged": _reply_unacknowledged,
     "reply_lost_with_driver": _reply_lost_with_driver,
     "checkpoint_unrenamed": _checkpoint_unrenamed,
+    "tracking_unremembered": _tracking_unremembered,
     "driver": _driver,
     "node": _node,
     "head": _head,
@@ -196,6 +219,8 @@ KINDS: dict[str, Callable[[Scene], bool]] = {
 """Called for every change in the folder and now and then between them; true once it has hit."""
 
 
+EARLY = ("tracking_unremembered",)
+"""Kinds whose moment comes before the first checkpoint; each has its turn at once where it is the first."""
 _REPEATED = frozenset({"private_unrenamed", "private_unreplied", "reply_lost_with_driver"})
 """Kinds after which the same client must do the same round again: its file is seen to be written once more."""
 
@@ -235,6 +260,10 @@ class Monkey:
     _due: float | None = None
     _writers: dict[str, int] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.kinds and self.kinds[0] in EARLY:
+            self._due = self._started
 
     @property
     def survived(self) -> list[Strike]:

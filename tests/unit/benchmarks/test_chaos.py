@@ -144,6 +144,18 @@ time.sleep(60)
     assert (folder / "state.safetensors").is_file()
 
 
+def test_a_run_that_only_mlflow_knows_is_told_from_one_that_its_folder_names(chaos: SimpleNamespace, tmp_path: Path) -> None:
+    assert chaos.monkey.unremembered_runs(tmp_path) == set()  # no database yet
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.execute("CREATE TABLE runs (run_uuid)")
+        database.executemany("INSERT INTO runs VALUES (?)", [("aaa",), ("bbb",), ("ccc",)])
+        database.commit()
+    (tmp_path / "it-1" / "flex").mkdir(parents=True)
+    (tmp_path / "it-1" / "comparison.json").write_text(json.dumps({"mlflow_run_id": "aaa"}))
+    (tmp_path / "it-1" / "flex" / "run.json").write_text(json.dumps({"mlflow_run_id": "ccc"}))
+    assert chaos.monkey.unremembered_runs(tmp_path) == {"bbb"}
+
+
 def test_a_kill_after_the_reply_has_left_is_not_counted_and_has_its_turn_again(
     chaos: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
