@@ -210,6 +210,7 @@ def run_under(command: Command, monkey: Monkey, *, limit_s: float) -> list[int]:
                 raise ChaosError(f"ended with {code} though nothing had been done to it\n{command.last_words()}")
             strikes = len(monkey.strikes) + len(monkey.missed)
             process = command.start()
+            monkey.restarted()
             monkey.herd.lead(process.pid)
     finally:
         watch.close()

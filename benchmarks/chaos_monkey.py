@@ -229,13 +229,15 @@ _REPEATED = frozenset({"private_unrenamed", "private_unreplied", "reply_lost_wit
 class Strike:
     """One kill: its kind, the last whole checkpoint before it, and how long it took until the next one.
 
-    ``repeats`` is a file that must be written again before that checkpoint; else the kill came too late to matter.
+    ``repeats`` is a file that must be written again before that checkpoint; else the kill came too late to matter. Checkpoints that
+    are written while ``awaits_start`` come from a driver that has not noticed yet that its command is gone.
     """
 
     kind: str
     after: str
     at_s: float
     repeats: str | None = None
+    awaits_start: bool = False
     recovered_s: float | None = None
 
 
@@ -281,9 +283,14 @@ class Monkey:
         if not KINDS[kind](Scene(self.herd, change, self.chance, self._writers)):
             return False
         repeats = _final_name(change) if kind in _REPEATED and change is not None else None
-        self.strikes.append(Strike(kind, self._last, round(now - self._started, 2), repeats))
+        self.strikes.append(Strike(kind, self._last, round(now - self._started, 2), repeats, kind == "command"))
         self._due = None
         return True
+
+    def restarted(self) -> None:
+        """The command has been started again."""
+        for strike in self.strikes:
+            strike.awaits_start = False
 
     def _note(self, change: Change, now: float) -> None:
         found = _PRIVATE.search(str(change.path))
@@ -294,6 +301,8 @@ class Monkey:
             open_strike.repeats = None
         found = _CHECKPOINT.search(str(change.path))
         if found is None or not change.is_whole:
+            return
+        if open_strike is not None and open_strike.awaits_start:
             return
         self._last = f"{change.path.parents[2].name} round {int(found[1])}"
         if open_strike is not None and open_strike.repeats is not None:

@@ -57,6 +57,7 @@ from fedgraft.platform.tracking import Tracker, TrackingConfig
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import MethodConfig
 from fedgraft.registry import METHODS
+from fedgraft.tuning.locks import hold
 from fedgraft.tuning.rates import choose_rate, read_choice, validation_loss
 from fedgraft.tuning.references import Reference, train_reference
 from fedgraft.types import Budget
@@ -64,6 +65,8 @@ from fedgraft.types import Budget
 __all__ = ["Experiment", "run"]
 
 _log = logging.getLogger(__name__)
+_OTHER_S = 60.0
+"""Longest wait for another driver in the same folder: that of a command that was killed lives on for seconds."""
 
 
 def run(
@@ -126,8 +129,15 @@ class Experiment:
     folder: str
 
     def __call__(self, context: JobContext) -> None:
-        """Run everything that is not finished yet, and write the report."""
-        _Execution(Path(self.folder), context).run()
+        """Run everything that is not finished yet, and write the report.
+
+        Raises:
+            FedgraftError: Another process is at work in this folder.
+        """
+        folder = Path(self.folder)
+        # The configuration is there before anything else and is never written again, so it serves as the lock's file, too.
+        with hold(folder / "config.yaml", timeout_s=_OTHER_S, busy=f"another process is at work in {folder}"):
+            _Execution(folder, context).run()
 
 
 class _Execution:

@@ -86,6 +86,7 @@ def test_a_herd_is_the_command_with_its_children_and_who_lost_them(
     command.kill()
     command.wait()
     assert [int(line.split()[0]) for line in herd.survivors(0.3)] == [pid]
+    assert [int(line.split()[0]) for line in chaos.processes.Herd(marker).survivors(0.0)] == [pid]  # never seen before
     herd.end()
     assert herd.survivors(5.0) == []
     assert other.poll() is None
@@ -177,6 +178,19 @@ def test_a_kill_after_the_reply_has_left_is_not_counted_and_has_its_turn_again(
     assert monkey.survived == []
     monkey.see(checkpoint(3))
     assert [(strike.kind, strike.after) for strike in monkey.survived] == [("private_unreplied", "flex round 2")]
+
+
+def test_what_an_orphaned_driver_still_writes_is_no_recovery(chaos: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chaos.monkey, "KINDS", {"command": lambda scene: scene.change is None})
+    monkey = chaos.monkey.Monkey(chaos.processes.Herd("nobody"), ["command"], random.Random(0), max_wait_s=0.0)
+    checkpoint = chaos.watch.Change(Path("/x/flex/seed-0/checkpoints/round-000001"), True)
+    monkey.see(checkpoint)
+    assert monkey.see(None)
+    monkey.see(checkpoint)
+    assert monkey.survived == []
+    monkey.restarted()
+    monkey.see(checkpoint)
+    assert [strike.kind for strike in monkey.survived] == ["command"]
 
 
 # ---- finding what is wrong
