@@ -229,8 +229,8 @@ _REPEATED = frozenset({"private_unrenamed", "private_unreplied", "reply_lost_wit
 class Strike:
     """One kill: its kind, the last whole checkpoint before it, and how long it took until the next one.
 
-    ``repeats`` is a file that must be written again before that checkpoint; else the kill came too late to matter. Checkpoints that
-    are written while ``awaits_start`` come from a driver that has not noticed yet that its command is gone.
+    ``repeats`` is a file that must be written again before that checkpoint; else the kill came too late to matter. Checkpoints
+    that are written while ``awaits_start`` come from a driver that has not noticed yet that its command is gone.
     """
 
     kind: str
