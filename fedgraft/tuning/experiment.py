@@ -44,6 +44,7 @@ from fedgraft.platform.budget_sizes import run_budgets
 from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import launch
+from fedgraft.platform.leftovers import remove_leftovers
 from fedgraft.platform.loading import dump_config, load_config
 from fedgraft.platform.plan import make_plan, require_memory, this_machine
 from fedgraft.platform.progress import Event
@@ -137,6 +138,7 @@ class Experiment:
         folder = Path(self.folder)
         # The configuration is there before anything else and is never written again, so it serves as the lock's file, too.
         with hold(folder / "config.yaml", timeout_s=_OTHER_S, busy=f"another process is at work in {folder}"):
+            remove_leftovers(folder)
             _Execution(folder, context).run()
 
 
