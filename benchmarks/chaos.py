@@ -45,6 +45,7 @@ class Record:
     too_late: Counter[str] = field(default_factory=Counter)
     recovery: dict[str, list[float]] = field(default_factory=dict)
     starts: int = 0
+    unprovoked: list[str] = field(default_factory=list)
     rounds: int = 0
     tensors: int = 0
     private_states: int = 0
@@ -61,6 +62,7 @@ class Record:
             self.recovery.setdefault(strike.kind, []).append(strike.recovered_s)
         self.too_late += Counter(trial["too_late"])
         self.starts += len(trial["codes"])
+        self.unprovoked += [f"{name}: {what}" for what in trial["unprovoked"]]
         for kind, found in trial["wrong"].items():
             self.wrong[kind] += [f"{name}: {what}" for what in found]
         for kind in ("rounds", "tensors", "private_states"):
@@ -73,6 +75,7 @@ class Record:
             "kills_too_late": dict(sorted(self.too_late.items())),
             "median_recovery_s": {kind: round(statistics.median(found), 1) for kind, found in sorted(self.recovery.items())},
             "starts_of_the_command": self.starts,
+            "ends_without_a_kill": self.unprovoked,
             "rounds_compared": self.rounds,
             "tensors_hashed": self.tensors,
             "private_states_hashed": self.private_states,
@@ -123,7 +126,8 @@ def strike_at(
         looked_at = {kind: told[kind] for kind in looked_at}
     strikes = monkey.survived
     too_late = monkey.missed + [strike.kind for strike in monkey.strikes if strike.recovered_s is None]
-    return {"strikes": strikes, "too_late": too_late, "codes": codes, "wrong": wrong, "folder": command.folder, **looked_at}
+    told_of = {"strikes": strikes, "too_late": too_late, "unprovoked": monkey.unprovoked, "codes": codes}
+    return told_of | {"wrong": wrong, "folder": command.folder, **looked_at}
 
 
 def main() -> None:
@@ -190,7 +194,11 @@ def _strike_at_ranks(material: Material, limit_s: float) -> dict[str, Any]:
     ]
     with tempfile.TemporaryDirectory(prefix="fgc", ignore_cleanup_errors=True) as ray_folder:
         undisturbed = Command(configs[0], material.folder / "ranks.log", Path(ray_folder))
-        run_under(undisturbed, Monkey(Herd(ray_folder), (), random.Random(0)), limit_s=limit_s)
+        herd = Herd(ray_folder)
+        try:
+            run_under(undisturbed, Monkey(herd, (), random.Random(0)), limit_s=limit_s)
+        finally:
+            herd.end()
     assert undisturbed.folder is not None
     trial = strike_at(material, undisturbed.folder, configs[1], ["replica_at_work"], seed=0, limit_s=limit_s)
     for strike in trial["strikes"]:

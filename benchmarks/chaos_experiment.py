@@ -33,6 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What is run under kills: shared tensors only; and private state with the optimiser's moments kept between rounds."""
 
+_MAX_UNPROVOKED = 2
+"""Ends that no strike explains, as when Ray does not come up on a machine that is too busy; they are resumed and told."""
 _SPECIAL = ("<|pad|>", "<|end|>", "<|bos|>")
 
 
@@ -144,9 +146,9 @@ class Command:
         found = [path.parent for path in self.runs.glob("*/config.yaml")]
         return found[0] if found else None
 
-    def last_words(self) -> str:
+    def last_words(self, lines: int = 20) -> str:
         """The end of what it printed."""
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start it, or go on with what an earlier start began."""
@@ -178,11 +180,13 @@ class ChaosError(Exception):
 def run_under(command: Command, monkey: Monkey, *, limit_s: float) -> list[int]:
     """Run the command to its end under a monkey, and start it again with ``--resume`` whenever it ends early.
 
+    Whoever calls this ends what is left of the monkey's herd: after a run that came to its end there should be nobody.
+
     Returns:
         Exit codes of all starts; a negative one is the signal that ended it.
 
     Raises:
-        ChaosError: It ended early though nothing had been done to it, or is not over after ``limit_s``.
+        ChaosError: It ended early more than twice though nothing had been done to it, or is not over after ``limit_s``.
     """
     watch = Watch(command.runs)
     codes: list[int] = []
@@ -207,11 +211,12 @@ def run_under(command: Command, monkey: Monkey, *, limit_s: float) -> list[int]:
             if code == 0:
                 return codes
             if len(monkey.strikes) + len(monkey.missed) == strikes:
-                raise ChaosError(f"ended with {code} though nothing had been done to it\n{command.last_words()}")
+                monkey.unprovoked.append(f"ended with {code}: {command.last_words(5)}")
+                if len(monkey.unprovoked) > _MAX_UNPROVOKED:
+                    raise ChaosError(f"ended with {code} though nothing had been done to it\n{command.last_words()}")
             strikes = len(monkey.strikes) + len(monkey.missed)
             process = command.start()
             monkey.restarted()
             monkey.herd.lead(process.pid)
     finally:
         watch.close()
-        monkey.herd.end()

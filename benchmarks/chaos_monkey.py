@@ -250,6 +250,8 @@ class Monkey:
         kinds: What to do, in this order.
         chance: Decides waits and victims.
         max_wait_s: Longest seeded wait between a checkpoint and the next turn.
+
+    ``strikes`` have been made, ``missed`` came too late to matter; ``unprovoked`` are ends of the command that no strike explains.
     """
 
     herd: Herd
@@ -258,6 +260,7 @@ class Monkey:
     max_wait_s: float = 0.5
     strikes: list[Strike] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
+    unprovoked: list[str] = field(default_factory=list)
     _last: str = "the start"
     _due: float | None = None
     _writers: dict[str, int] = field(default_factory=dict)

@@ -48,6 +48,7 @@ def test_no_kill_changes_a_bit_and_verify_would_see_one(chaos: ModuleType, tmp_p
     trial = chaos.strike_at(material, reference, config, KINDS, seed=0, limit_s=500.0)
     assert {kind: found for kind, found in trial["wrong"].items() if found} == {}
     assert Counter(strike.kind for strike in trial["strikes"]) == Counter(KINDS)  # each one is known to have hit
+    assert trial["unprovoked"] == []
     assert trial["rounds"] >= 2 * ROUNDS
     assert trial["private_states"] >= 2 * chaos.NUM_CLIENTS
     assert -9 in trial["codes"]  # the command itself was killed,
