@@ -251,7 +251,7 @@ class Monkey:
         chance: Decides waits and victims.
         max_wait_s: Longest seeded wait between a checkpoint and the next turn.
 
-    ``strikes`` have been made, ``missed`` came too late to matter; ``unprovoked`` are ends of the command that no strike explains.
+    ``strikes`` have been made, ``missed`` came too late to matter; ``unprovoked`` are ends that no strike explains.
     """
 
     herd: Herd
