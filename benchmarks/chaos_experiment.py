@@ -156,7 +156,8 @@ class Command:
         what = [str(self._config)] if self.folder is None else ["--resume", str(self.folder)]
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
         # A folder of its own for Ray: no other cluster of this machine can be joined by mistake, and nothing stays in /tmp/ray.
-        clean |= {"RAY_TMPDIR": str(self._ray_folder), "OMP_NUM_THREADS": "1"}
+        # Ray's workers are nice (15) by default: on a machine that is busy they would take minutes to start.
+        clean |= {"RAY_TMPDIR": str(self._ray_folder), "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "fedgraft", "run", *what],
