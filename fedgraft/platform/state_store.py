@@ -78,7 +78,10 @@ class ClientStateStore:
             path.unlink(missing_ok=True)
 
     def prune(self, client_id: int, keep: set[int]) -> None:
-        """Delete the versions of a client that are not in ``keep``."""
-        for path in sorted((self._folder / f"{client_id:06d}").glob("round-*.safetensors")):
+        """Delete the versions of a client that are not in ``keep``, and what replicas that were killed had half written."""
+        folder = self._folder / f"{client_id:06d}"
+        for path in sorted(folder.glob("round-*.safetensors")):
             if int(path.stem.removeprefix("round-")) not in keep:
                 path.unlink()
+        for path in sorted(folder.glob(".round-*")):
+            path.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ __all__ = ["Tracker", "TrackingConfig"]
 
 _log = logging.getLogger(__name__)
 
+_FOLDER_TAG = "fedgraft.folder"
 _NOT_FINITE_TAG = "fedgraft.not_finite"
 _MAX_KEY = 250  # MLflow's limits: mlflow.utils.validation
 _MAX_VALUE = 6000
@@ -85,8 +86,9 @@ class Tracker:
             runs_root: The folder of the default database; made where missing. Ignored where a URI is given.
             run_name: Shown in MLflow.
             params: Nested mappings are flattened to key paths (``model.lora.rank``); lists are written as JSON. A value
-                over 6000 characters is cut with a note, as MLflow refuses it. Not logged again when a run goes on.
-            tags: Written to the run, when it goes on, too.
+                over 6000 characters is cut with a note, as MLflow refuses it. Those that a run has are not logged again.
+            tags: Written to the run, when it goes on, too. A run whose ``fedgraft.folder`` is the same is gone on with: it was
+                made by a process that died before anybody wrote its id down.
             parent_run_id: The MLflow run under which this one is shown, such as a comparison's.
             run_id: An MLflow run to go on with: rounds that it already has are not logged again.
 
@@ -112,10 +114,15 @@ class Tracker:
                 if parent_run_id is not None:
                     all_tags["mlflow.parentRunId"] = parent_run_id
                 experiment_id = _experiment_id(client, config.experiment, artifacts)
-                run = client.create_run(experiment_id, tags=all_tags, run_name=run_name)
+                run = _unremembered(client, experiment_id, all_tags.get(_FOLDER_TAG))
+                is_new = run is None
+                run = run or client.create_run(experiment_id, tags=all_tags, run_name=run_name)
             entries = [mlflow.entities.Param(_key(key), _value(value)) for key, value in _flatten(params)]
+            entries = [entry for entry in entries if entry.key not in run.data.params]
             for start in range(0, len(entries), _MAX_PER_BATCH):
                 client.log_batch(run.info.run_id, params=entries[start : start + _MAX_PER_BATCH])
+            if not is_new:
+                return cls._go_on(client, uri, run.info.run_id, all_tags)
         except (mlflow.exceptions.MlflowException, OSError, ImportError, _sql_error()) as error:
             raise FedgraftError(f"MLflow tracking at {_hide_password(uri)} cannot start: {_brief(error)}", hint) from error
         return cls(client, uri, run.info.run_id)
@@ -262,6 +269,15 @@ def _experiment_id(client: Any, name: str, artifacts: str | None) -> str:
             f"MLflow experiment {name!r} is deleted", "restore it in MLflow, or choose another tracking.experiment"
         )
     return str(found.experiment_id)
+
+
+def _unremembered(client: Any, experiment_id: str, folder: str | None) -> Any:
+    """Find the run of a folder that does not know it: its maker died between making it and writing its id down."""
+    if folder is None or ("'" in folder and '"' in folder):
+        return None  # MLflow's filters cannot say a text with both kinds of quotes
+    quote = '"' if "'" in folder else "'"
+    found = client.search_runs([experiment_id], filter_string=f"tags.`{_FOLDER_TAG}` = {quote}{folder}{quote}", max_results=1)
+    return found[0] if found else None
 
 
 def _flatten(params: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:

@@ -44,6 +44,7 @@ from fedgraft.platform.budget_sizes import run_budgets
 from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import launch
+from fedgraft.platform.leftovers import remove_leftovers
 from fedgraft.platform.loading import dump_config, load_config
 from fedgraft.platform.plan import make_plan, require_memory, this_machine
 from fedgraft.platform.progress import Event
@@ -57,6 +58,7 @@ from fedgraft.platform.tracking import Tracker, TrackingConfig
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import MethodConfig
 from fedgraft.registry import METHODS
+from fedgraft.tuning.locks import hold
 from fedgraft.tuning.rates import choose_rate, read_choice, validation_loss
 from fedgraft.tuning.references import Reference, train_reference
 from fedgraft.types import Budget
@@ -64,6 +66,8 @@ from fedgraft.types import Budget
 __all__ = ["Experiment", "run"]
 
 _log = logging.getLogger(__name__)
+_OTHER_S = 60.0
+"""Longest wait for another driver in the same folder: that of a command that was killed lives on for seconds."""
 
 
 def run(
@@ -126,8 +130,16 @@ class Experiment:
     folder: str
 
     def __call__(self, context: JobContext) -> None:
-        """Run everything that is not finished yet, and write the report."""
-        _Execution(Path(self.folder), context).run()
+        """Run everything that is not finished yet, and write the report.
+
+        Raises:
+            FedgraftError: Another process is at work in this folder.
+        """
+        folder = Path(self.folder)
+        # The configuration is there before anything else and is never written again, so it serves as the lock's file, too.
+        with hold(folder / "config.yaml", timeout_s=_OTHER_S, busy=f"another process is at work in {folder}"):
+            remove_leftovers(folder)
+            _Execution(folder, context).run()
 
 
 class _Execution:

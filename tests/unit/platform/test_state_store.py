@@ -98,6 +98,15 @@ def test_prune_keeps_only_what_is_named(store: ClientStateStore) -> None:
     store.prune(5, set())  # a client that never wrote
 
 
+def test_prune_takes_what_a_killed_replica_had_half_written(store: ClientStateStore) -> None:
+    for client in (1, 2):
+        store.write(client, 3, {"w": torch.zeros(1)})
+        store.path(client, 4).with_name(".round-000004.safetensors.4711").write_bytes(b"torn")
+    store.prune(1, {3})
+    assert [path.name for path in store.path(1, 3).parent.iterdir()] == ["round-000003.safetensors"]
+    assert len(list(store.path(2, 3).parent.iterdir())) == 2  # another client's are its own business
+
+
 def test_folders_are_made(tmp_path: Path) -> None:
     write_tensors({"w": torch.ones(1)}, tmp_path / "a" / "b" / "c.safetensors")
     assert (tmp_path / "a" / "b" / "c.safetensors").is_file()

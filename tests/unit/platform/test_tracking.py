@@ -116,6 +116,36 @@ def test_going_on_keeps_the_run_and_has_every_step_once(root: Path) -> None:
     assert points(root, first.run_id, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
 
 
+@pytest.mark.parametrize("folder", ["/runs/a b/flex", "/runs/o'neil/100%", '/runs/"x"/flex'])
+def test_a_run_whose_maker_died_before_its_id_was_kept_is_found_by_its_folder(
+    root: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    from mlflow import MlflowClient
+
+    tags = {"fedgraft.folder": folder}
+    Tracker.start(CONFIG, root, "of another folder", {}, {"fedgraft.folder": "/runs/else"})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "log_batch", _die)
+        Tracker.start(CONFIG, root, "flex", {"rate": 1.0, "rounds": 3}, tags)
+    again = Tracker.start(CONFIG, root, "flex", {"rate": 1.0, "rounds": 3}, tags)
+    again.log_round(1, {"loss": 2.0})
+    third = Tracker.start(CONFIG, root, "flex", {"rate": 1.0, "rounds": 3}, tags)
+    third.log_round(1, {"loss": 2.0})
+    third.log_round(2, {"loss": 1.0})
+    assert third.run_id == again.run_id
+    experiment = client(root).get_experiment_by_name(CONFIG.experiment)
+    found = [
+        run for run in client(root).search_runs([experiment.experiment_id]) if run.data.tags.get("fedgraft.folder") == folder
+    ]
+    assert [run.info.run_id for run in found] == [again.run_id]
+    assert found[0].data.params == {"rate": "1.0", "rounds": "3"}
+    assert points(root, again.run_id, "loss") == [(1, 2.0), (2, 1.0)]
+
+
+def _die(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_run_can_stand_under_another(root: Path) -> None:
     parent = Tracker.start(CONFIG, root, "comparison", {})
     child = Tracker.start(CONFIG, root, "graft", {}, parent_run_id=parent.run_id)

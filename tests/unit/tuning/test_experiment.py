@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import fedgraft
-from fedgraft.errors import CheckpointError, ConfigError, RunInterrupted
+from fedgraft.errors import CheckpointError, ConfigError, FedgraftError, RunInterrupted
 from fedgraft.platform.progress import Event
+from fedgraft.tuning.locks import hold
 
 Make = Callable[..., fedgraft.RunConfig]
 
@@ -53,6 +54,19 @@ def test_a_rate_at_which_training_breaks_down_is_out(make_config: Make) -> None:
     assert comparison["rate_search"]["fedavg"]["validation_nll"][1] is None
     assert comparison["rate_search"]["fedavg"]["chosen_by_seed"] == {"0": 0.01}
     assert any("1e+30 is out" in note for note in notes)
+
+
+def test_two_do_not_work_in_one_folder(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedgraft.tuning.experiment._OTHER_S", 0.3)
+    folder = fedgraft.run(make_config()).folder.parents[1]
+    (folder / ".run.json.4711").write_text("torn")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with hold(folder / "config.yaml"), pytest.raises(FedgraftError, match="another process is at work in") as raised:
+        fedgraft.run(resume=folder)
+    assert str(folder) in raised.value.message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert fedgraft.run(resume=folder).status == "finished"  # given back
+    assert not (folder / ".run.json.4711").exists()  # what a killed one left is removed, but only by whoever holds the folder
 
 
 def test_the_search_never_looks_at_a_test_example(make_config: Make) -> None:
