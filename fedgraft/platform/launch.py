@@ -166,20 +166,21 @@ def cluster(executor: ExecutorConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = executor.address or os.environ.get("RAY_ADDRESS")
+    # Without an address Ray would join whatever cluster last wrote its own into a file on this machine, alive or not.
+    address = executor.address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray reads these once, when it starts: no usage report over the network, and quiet workers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address in (None, "local"):
+    if address == "local":
         options["include_dashboard"] = False
     try:
         ray.init(address=address, **options)
     except SystemExit:  # how Ray takes a SIGTERM while it starts
         raise KeyboardInterrupt from None
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError, GetTimeoutError) as error:
-        where = f"join the Ray cluster at {address}" if address else "start a local Ray cluster"
+    except Exception as error:  # Ray raises plain ones, too; whatever it is, there is no cluster
+        where = "start a local Ray cluster" if address == "local" else f"join the Ray cluster at {address}"
         raise ClusterError(
             f"cannot {where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             "check executor.address and RAY_ADDRESS, run fedgraft doctor --full, or set executor.kind=in_process",
