@@ -22,7 +22,7 @@ COLUMNS = {
     "retention_nll": ("retention", 3),
     "mb_up": ("MB up", 2),
     "mb_down": ("MB down", 2),
-    "seconds": ("s a run", 0),
+    "cpu_seconds": ("CPU s", 0),
     "seeds": ("seeds", None),
     "rates": ("rates", None),
 }
@@ -51,6 +51,7 @@ def _check_data(by_label: Mapping[str, list[Mapping[str, Any]]]) -> None:
 
 def _row(label: str, records: list[Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     nll = [statistics.fmean(record["client_nll"]) for record in records]
+    seconds = [record["cpu_seconds"] for record in records if record["cpu_seconds"] is not None]
     row = {
         "method": records[0]["options"]["name"],
         "options": records[0]["options"],
@@ -63,7 +64,7 @@ def _row(label: str, records: list[Mapping[str, Any]], reference: Mapping[int, M
         "retention_nll": statistics.fmean(record["retention_nll"] for record in records),
         "mb_up": statistics.fmean(record["bytes_up"] for record in records) / 1e6,
         "mb_down": statistics.fmean(record["bytes_down"] for record in records) / 1e6,
-        "seconds": statistics.fmean(record["seconds"] for record in records),
+        "cpu_seconds": statistics.fmean(seconds) if seconds else None,
         "rates": [record["rate"] for record in records],
     }
     pairs = [

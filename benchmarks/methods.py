@@ -62,7 +62,8 @@ def run_unit(arguments: argparse.Namespace, unit: Unit) -> None:
     with log.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         result = fedgraft.run(fedgraft.load_config(None, overrides(arguments, unit)))
     run = result.runs[unit.label][0] if isinstance(result, fedgraft.ComparisonResult) else result
-    keep(_record(unit, run, base_digest(Path(arguments.model))), Path(arguments.runs) / "records")
+    record = _record(unit, run, base_digest(Path(arguments.model))) | {"cpu_seconds": round(time.process_time(), 1)}
+    keep(record, Path(arguments.runs) / "records")
 
 
 def _record(unit: Unit, run: RunResult, base: str) -> dict[str, Any]:
@@ -78,7 +79,6 @@ def _record(unit: Unit, run: RunResult, base: str) -> dict[str, Any]:
         "retention_nll": round(float(row["last_retention_nll"]), 6),
         "bytes_up": int(row["bytes_up"]),
         "bytes_down": int(row["bytes_down"]),
-        "seconds": round(float(row["seconds"]), 1),
         "data_fingerprint": run.info["data_fingerprint"][:16],
         "base": base,
         "settings": settings_of(unit.partition),
