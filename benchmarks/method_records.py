@@ -7,6 +7,7 @@ which a later run goes on. A record counts while the settings that it was made w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -56,11 +57,9 @@ class Unit(NamedTuple):
 
 def units_of(partitions: Iterable[str], labels: Iterable[str], seeds: Iterable[int]) -> Iterator[Unit]:
     """Give what is to be run, a seed of everything before the next; labels that a partition does not ask for are left out."""
-    partitions, labels = list(partitions), list(labels)
-    for seed in seeds:
-        for partition in partitions:
-            asked = PARTITIONS[partition].get("labels", labels)
-            yield from (Unit(partition, label, seed) for label in labels if label in asked)
+    for seed, label, partition in itertools.product(seeds, labels, partitions):
+        if label in PARTITIONS[partition].get("labels", METHODS):
+            yield Unit(partition, label, seed)
 
 
 def settings_of(partition: str) -> dict[str, Any]:

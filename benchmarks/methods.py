@@ -86,13 +86,18 @@ def _record(unit: Unit, run: RunResult, base: str) -> dict[str, Any]:
     }
 
 
-def run_all(arguments: argparse.Namespace) -> None:
-    """Start one process after another, ``jobs`` at a time; a method that fails is named and the others go on."""
+def left_to_run(arguments: argparse.Namespace) -> list[Unit]:
+    """Give what was asked for and has no record of these settings, options and base model."""
     base = base_digest(Path(arguments.model))
     known = load(RECORDS) | read_new(Path(arguments.runs) / "records")
     finished = {unit for unit, record in known.items() if fits(record, base)}
     wanted = units_of(arguments.partitions, arguments.only or list(METHODS), arguments.seeds)
-    left = [unit for unit in wanted if unit not in finished]
+    return [unit for unit in wanted if unit not in finished]
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Start one process after another, ``jobs`` at a time; a method that fails is named and the others go on."""
+    left = left_to_run(arguments)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     active: dict[Unit, Any] = {}
