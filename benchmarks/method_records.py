@@ -1,7 +1,7 @@
 """What benchmarks/methods.py keeps of finished runs: one record for a partition, a label and a seed.
 
-A running comparison writes a file a record; ``write`` merges them into benchmarks/results/methods-records.json, one line each, from
-which a later run goes on. A record counts while the settings that it was made with are the ones asked for now.
+A running comparison writes a file a record; ``write`` merges them into benchmarks/results/methods-records.json, one line each,
+from which a later run goes on. A record counts while the settings that it was made with are the ones asked for now.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PARTITIONS: dict[str, dict[str, Any]] = {
     "pathological-long-search": {
         "partition": {"name": "natural"},
         "search_rounds": 4,
-        "labels": ["fedavg", "local", "fedavg-finetune", "private-lora", "flex", "flex-random"],
+        "labels": ["fedavg", "fedavg-finetune", "flex", "private-lora"],
     },
 }
-"""How Dolly's eight categories are shared by eight clients (pathological: one category each), for how many rounds rates are searched
-(one, if not told), and for which labels (all, if not told)."""
+"""How Dolly's eight categories are shared by eight clients (pathological: one category each), for how many rounds rates are
+searched (one, if not told), and for which labels (all, if not told)."""
 
 METHODS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text())
 BUDGET = "experts_per_layer"

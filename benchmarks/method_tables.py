@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from method_records import Unit
-
 __all__ = ["add_earlier", "difference", "markdown", "table_of", "verdict"]
 
 REFERENCE = "fedavg"

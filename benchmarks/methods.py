@@ -3,10 +3,10 @@
     python benchmarks/methods.py run --model FOLDER --data dolly15k.jsonl.gz --retention TEXT.txt.gz [--jobs 2] [--only LABEL ...]
     python benchmarks/methods.py write
 
-``run`` trains what has no record yet, one process a partition, method and seed; it can be stopped and started again, and it goes on from
-the records in benchmarks/results/methods-records.json. ``write`` adds the new records to that file, makes methods.json and the
-tables in methods.md of it (the reading in words is by hand), and prints a JSON line. Each method's learning rate is chosen on each
-seed's validation split from one grid. All numbers are of the last round.
+``run`` trains what has no record yet, one process a partition, method and seed; it can be stopped and started again, and it goes on
+from the records in benchmarks/results/methods-records.json. ``write`` adds the new records to that file, makes methods.json and
+the tables in methods.md of it (the reading in words is by hand), and prints a JSON line. Each method's learning rate is chosen on
+each seed's validation split from one grid. All numbers are of the last round.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from fedgraft.platform.results import RunResult, client_values, summary
 RESULTS = Path(__file__).parent / "results"
 RECORDS = RESULTS / "methods-records.json"
 _BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
-_PRELOADED = ["fedgraft.tuning.experiment", "fedgraft.platform.results", "transformers", "peft", "datasets", "rouge_score.rouge_scorer"]
+_PRELOADED = [
+    "fedgraft.tuning.experiment",
+    "fedgraft.platform.results",
+    "transformers",
+    "peft",
+    "datasets",
+    "rouge_score.rouge_scorer",
+]
 """Imported once for all processes: importing takes as long as training some of the methods."""
 
 

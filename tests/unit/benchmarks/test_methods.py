@@ -143,7 +143,9 @@ def test_every_method_is_compared_with_options_that_it_takes(
 ) -> None:
     assert {options["name"] for options in stored.METHODS.values()} == {info.name for info in list_methods() if info.is_builtin}
     for label in stored.METHODS:
-        config = fedgraft.load_config(None, methods.overrides(arguments, stored.Unit("dirichlet-0.1", label, 7)), checks_files=False)
+        config = fedgraft.load_config(
+            None, methods.overrides(arguments, stored.Unit("dirichlet-0.1", label, 7)), checks_files=False
+        )
         assert list(config.methods()) == [label]
         assert config.seeds == (7,)
 
