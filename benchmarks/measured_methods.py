@@ -15,8 +15,7 @@ from fedgraft.types import ClientUpdate, Params
 
 __all__ = ["MeasuredFedAlignMoe", "MeasuredFedAvg"]
 
-KIND = "marginals"
-"""Under this kind a client's routing shares (L, E) stand among the run's diagnostics."""
+KIND = "marginals"  # under which phenomena_rounds.py finds the routing shares (L, E)
 
 
 class MeasuredFedAvgConfig(FedAvgConfig):

@@ -3,10 +3,10 @@
     python benchmarks/methods.py run --model FOLDER --data dolly15k.jsonl.gz --retention TEXT.txt.gz [--jobs 2] [--only LABEL ...]
     python benchmarks/methods.py write
 
-``run`` trains what has no record yet, one process a partition, method and seed; it can be stopped and started again, and it goes on
-from the records in benchmarks/results/methods-records.json. ``write`` adds the new records to that file, makes methods.json and
-the tables in methods.md of it (the reading in words is by hand), and prints a JSON line. Each method's learning rate is chosen on
-each seed's validation split from one grid. All numbers are of the last round.
+``run`` trains what has no record yet, a process for each partition, method and seed. It can be stopped and started again, and goes
+on from the records in benchmarks/results/methods-records.json. ``write`` adds the new records to that file, makes methods.json of
+it and the tables in methods.md (the reading in words is by hand), and prints a JSON line. Each method's learning rate is chosen
+on each seed's validation split from one grid. All numbers are of the last round.
 """
 
 from __future__ import annotations
@@ -135,12 +135,11 @@ def write(arguments: argparse.Namespace) -> None:
     RESULTS.mkdir(exist_ok=True)
     save(known, RECORDS)
     tables = {
-        partition: table_of(record for unit, record in known.items() if unit.partition == partition)
-        for partition in PARTITIONS
-        if any(unit.partition == partition for unit in known)
+        partition: table_of(record for unit, record in known.items() if unit.partition == partition) for partition in PARTITIONS
     }
     path = RESULTS / "methods.json"
     add_earlier(tables, json.loads(path.read_text())["partitions"] if path.is_file() else {})
+    tables = {partition: table for partition, table in tables.items() if table}
     machine = f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.machine()}"
     path.write_text(json.dumps({"benchmark": "methods", "machine": machine, "partitions": tables}, indent=1) + "\n")
     text = "\n\n".join(f"### {partition}\n\n{markdown(table)}" for partition, table in tables.items())
