@@ -3,10 +3,10 @@
     python benchmarks/methods.py run --model FOLDER --data dolly15k.jsonl.gz --retention TEXT.txt.gz [--jobs 2] [--only LABEL ...]
     python benchmarks/methods.py write
 
-``run`` trains what has no record yet, a process for each partition, method and seed. It can be stopped and started again, and goes
-on from the records in benchmarks/results/methods-records.json. ``write`` adds the new records to that file, makes methods.json of
-it and the tables in methods.md (the reading in words is by hand), and prints a JSON line. Each method's learning rate is chosen
-on each seed's validation split from one grid. All numbers are of the last round.
+``run`` trains what has no record yet, a process for each partition, method and seed. It can be stopped and started again, and it
+goes on from the records in benchmarks/results/methods-records.json. ``write`` adds the new records to that file, makes
+methods.json of it and the tables in methods.md (the reading in words is by hand), and prints a JSON line. Each method's learning
+rate is chosen on each seed's validation split from one grid. All numbers are of the last round.
 """
 
 from __future__ import annotations

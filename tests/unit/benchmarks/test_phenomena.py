@@ -1,4 +1,4 @@
-"""The phenomena benchmarks' arithmetic, on a tiny model: averaging over other numberings, gradients kept, divergence of routing."""
+"""The phenomena benchmarks' arithmetic, on a tiny model: experts under other numbers, gradients kept, divergence of routing."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_permuted_client_is_told_from_the_others(
     experts: ModuleType, tiny_model: Callable[..., Any], random_batch: Callable[..., Batch]
 ) -> None:
     batches = [random_batch(), random_batch()]
-    each = {client: batches for client in range(4)}
+    each = dict.fromkeys(range(4), batches)
     found = experts.permuted_client(tiny_model("qwen2_moe"), each, each, seed=1)
     assert found["similarity, same"] == pytest.approx(1.0)  # the same examples and experts
     assert found["similarity, permuted"] < 0.9
@@ -136,7 +136,7 @@ def test_phenomena_that_are_not_asked_for_stay_as_they_are(
 ) -> None:
     path = tmp_path / "phenomena.json"
     path.write_text(json.dumps({"benchmark": "phenomena", "seeds": [0, 1], "usage_cosine": "known", "gradient_kept": "old"}))
-    monkeypatch.setattr(phenomena, "measure", lambda arguments, names, seeds: {name: f"new {seeds}" for name in names})
+    monkeypatch.setattr(phenomena, "measure", lambda arguments, names, seeds: dict.fromkeys(names, f"new {seeds}"))
     command = ["phenomena.py", "--model", "m", "--data", "d", "--out", str(path), "--seeds", "2", "--only", "gradient_kept"]
     monkeypatch.setattr("sys.argv", command)
     phenomena.main()
