@@ -23,6 +23,7 @@ __all__ = [
     "base_digest",
     "fits",
     "keep",
+    "labels_of",
     "load",
     "read_new",
     "save",
@@ -58,8 +59,13 @@ class Unit(NamedTuple):
 def units_of(partitions: Iterable[str], labels: Iterable[str], seeds: Iterable[int]) -> Iterator[Unit]:
     """Give what is to be run, a seed of everything before the next; labels that a partition does not ask for are left out."""
     for seed, label, partition in itertools.product(seeds, labels, partitions):
-        if label in PARTITIONS[partition].get("labels", METHODS):
+        if label in labels_of(partition):
             yield Unit(partition, label, seed)
+
+
+def labels_of(partition: str) -> list[str]:
+    """Give the labels that are compared on a partition."""
+    return list(PARTITIONS[partition].get("labels", METHODS))
 
 
 def settings_of(partition: str) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["add_earlier", "difference", "markdown", "table_of", "verdict"]
+__all__ = ["add_earlier", "difference", "markdown", "table_of", "tally", "verdict"]
 
 REFERENCE = "fedavg"
 COLUMNS = {
@@ -104,13 +105,18 @@ def verdict(mean: float, error: float) -> str:
 def add_earlier(tables: dict[str, dict[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> None:
     """Keep the rows that an earlier version made without records, where there are fewer seeds with records.
 
-    Their error is over all pairs of client and seed, so they get no verdict.
+    Their error is over all pairs of client and seed at once, and so is their verdict.
     """
     for partition, rows in before.items():
         for label, row in rows.items():
             now = tables.setdefault(partition, {}).get(label)
             if row.get("is_earlier") and (now is None or now["num_seeds"] < row["num_seeds"]):
-                tables[partition][label] = dict(row)
+                compared = (
+                    {"verdict": verdict(row["difference_to_fedavg"], row["difference_error"])}
+                    if "difference_error" in row
+                    else {}
+                )
+                tables[partition][label] = dict(row) | compared
 
 
 def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
@@ -121,6 +127,14 @@ def markdown(table: Mapping[str, Mapping[str, Any]]) -> str:
         rows.append([name_of_row, *(_cell(row.get(name), digits) for name, (_, digits) in COLUMNS.items())])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def tally(table: Mapping[str, Mapping[str, Any]], asked: Iterable[str]) -> str:
+    """Say in a line how many methods win, tie and lose against FedAvg, and which of those asked for are not there."""
+    counts = Counter(row["verdict"] for row in table.values() if "verdict" in row)
+    missing = [label for label in asked if label not in table]
+    told = ", ".join(f"{counts[name]} {title}" for name, title in (("win", "better"), ("tie", "tied"), ("loss", "worse")))
+    return f"Against FedAvg: {told}. Not run: {', '.join(missing) or 'none'}."
 
 
 def _order(label: str, row: Mapping[str, Any]) -> float:

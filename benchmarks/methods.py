@@ -22,8 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from method_records import BUDGET, METHODS, PARTITIONS, Unit, base_digest, fits, keep, load, read_new, save, settings_of, units_of
-from method_tables import add_earlier, markdown, table_of
+from method_records import (
+    BUDGET,
+    METHODS,
+    PARTITIONS,
+    Unit,
+    base_digest,
+    fits,
+    keep,
+    labels_of,
+    load,
+    read_new,
+    save,
+    settings_of,
+    units_of,
+)
+from method_tables import add_earlier, markdown, table_of, tally
 
 import fedgraft
 from fedgraft.platform.results import RunResult, client_values, summary
@@ -142,7 +156,9 @@ def write(arguments: argparse.Namespace) -> None:
     tables = {partition: table for partition, table in tables.items() if table}
     machine = f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.machine()}"
     path.write_text(json.dumps({"benchmark": "methods", "machine": machine, "partitions": tables}, indent=1) + "\n")
-    text = "\n\n".join(f"### {partition}\n\n{markdown(table)}" for partition, table in tables.items())
+    text = "\n\n".join(
+        f"### {partition}\n\n{markdown(table)}\n\n{tally(table, labels_of(partition))}" for partition, table in tables.items()
+    )
     page = RESULTS / "methods.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
     page.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{rest.partition(_END)[2]}", encoding="utf-8")

@@ -237,18 +237,14 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phenomena.json")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), help="the others stay as the file has them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = list(range(arguments.seeds))
-    known = json.loads(arguments.out.read_text()) if arguments.only and arguments.out.is_file() else {"seeds": seeds}
-    if known["seeds"] != seeds:
-        parser.error(f"{arguments.out} is of seeds {known['seeds']}; measure everything, or give --seeds {len(known['seeds'])}")
-    found = measure(arguments, arguments.only or list(MEASURES), seeds)
-    record = {"benchmark": "phenomena", "seeds": seeds} | {
-        name: found.get(name, known.get(name)) for name in MEASURES if name in found or name in known
-    }
+    known = json.loads(arguments.out.read_text())["measured"] if arguments.out.is_file() else {}
+    values = measure(arguments, arguments.only or list(MEASURES), arguments.seeds)
+    found = known | {name: {"seeds": arguments.seeds, "values": each} for name, each in values.items()}
+    record = {"benchmark": "phenomena", "measured": {name: found[name] for name in MEASURES if name in found}}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 

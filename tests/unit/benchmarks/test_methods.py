@@ -216,11 +216,19 @@ def test_other_data_or_another_base_is_not_compared(tables: ModuleType, stored: 
 
 
 def test_a_row_without_records_stays_until_there_are_as_many_seeds(tables: ModuleType, stored: ModuleType) -> None:
-    earlier = {"pathological": {"flex": {"num_seeds": 2, "own_nll": 1.0, "is_earlier": True}, "local": {"num_seeds": 1}}}
+    earlier = {
+        "pathological": {
+            "flex": {"num_seeds": 2, "own_nll": 1.0, "difference_to_fedavg": 0.3, "difference_error": 0.1, "is_earlier": True},
+            "fedavg": {"num_seeds": 2, "own_nll": 1.0, "is_earlier": True},
+            "local": {"num_seeds": 1},
+        }
+    }
     one = [record(stored, "flex", 0, [4.0, 5.0])]
     found = {"pathological": tables.table_of(one)}
     tables.add_earlier(found, earlier)
     assert found["pathological"]["flex"]["own_nll"] == 1.0
+    assert found["pathological"]["flex"]["verdict"] == "loss"
+    assert "verdict" not in found["pathological"]["fedavg"]
     assert "local" not in found["pathological"]
     assert "| flex (earlier) |" in tables.markdown(found["pathological"])
     found = {"pathological": tables.table_of([*one, record(stored, "flex", 1, [4.0, 5.0])])}
@@ -239,6 +247,14 @@ def test_the_best_difference_comes_first(tables: ModuleType, stored: ModuleType)
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| flex", "| fedavg", "| local"]
 
 
+def test_the_line_under_a_table_counts_and_names_what_is_missing(tables: ModuleType, stored: ModuleType) -> None:
+    values = {"fedavg": [4.0, 5.0], "flex": [3.9, 4.9], "local": [4.1, 5.1], "fedprox": [4.1, 4.9], "scaffold": [4.2, 5.2]}
+    table = tables.table_of([record(stored, label, 0, nll) for label, nll in values.items()])
+    line = tables.tally(table, ["flex", "base", "fedavg", "pm-moe"])
+    assert line == "Against FedAvg: 1 better, 1 tied, 2 worse. Not run: base, pm-moe."
+    assert tables.tally(table, ["flex"]).endswith("Not run: none.")
+
+
 def test_what_is_published_is_what_the_records_say(tables: ModuleType, stored: ModuleType) -> None:
     known = stored.load(RESULTS / "methods-records.json")
     published = json.loads((RESULTS / "methods.json").read_text())["partitions"]
@@ -249,4 +265,4 @@ def test_what_is_published_is_what_the_records_say(tables: ModuleType, stored: M
         assert {label: row for label, row in rows.items() if not row.get("is_earlier")} == {
             label: row for label, row in made.items() if not rows[label].get("is_earlier")
         }
-        assert tables.markdown(rows) in page
+        assert f"{tables.markdown(rows)}\n\n{tables.tally(rows, stored.labels_of(partition))}" in page
