@@ -183,6 +183,8 @@ def main() -> None:
         write(arguments)
     elif not (arguments.model and arguments.data and arguments.retention):
         parser.error("run needs --model, --data and --retention")
+    elif missing := [path for path in (arguments.model, arguments.data, arguments.retention) if not Path(path).exists()]:
+        parser.error(f"{missing[0]} does not exist")
     else:
         run_all(arguments)
 

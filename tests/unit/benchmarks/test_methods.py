@@ -162,6 +162,18 @@ def test_rates_are_searched_longer_only_where_the_partition_says_so(
     assert rounds == {"pathological": 1, "dirichlet-0.1": 1, "dirichlet-1.0": 1, "pathological-long-search": 4}
 
 
+def test_a_file_that_is_not_there_is_named_before_anything_runs(
+    methods: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(methods, "run_all", lambda arguments: pytest.fail("nothing is to run"))
+    command = ["methods.py", "run", "--model", str(tmp_path), "--data", f"{tmp_path}/none.jsonl", "--retention", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as caught:
+        methods.main()
+    assert caught.value.code == 2
+    assert f"{tmp_path}/none.jsonl does not exist" in capsys.readouterr().err
+
+
 # ---- tables
 
 
