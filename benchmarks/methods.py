@@ -3,238 +3,167 @@
     python benchmarks/methods.py run --model FOLDER --data dolly15k.jsonl.gz --retention TEXT.txt.gz [--jobs 2] [--only LABEL ...]
     python benchmarks/methods.py write
 
-``run`` trains what is not finished yet, one process a method and partition; it can be stopped and started again. ``write`` makes
-benchmarks/results/methods.json of what is there, puts the tables into methods.md (its reading in words is by hand), and prints a
-JSON line. Each method's learning rate is chosen on each seed's validation split from one grid. All numbers are of the last round.
+``run`` trains what has no record yet, a process for each partition, method and seed. It can be stopped and started again, and it
+goes on from the records in benchmarks/results/methods-records.json. ``write`` adds the new records to that file, makes
+methods.json of it and the tables in methods.md (the reading in words is by hand), and prints a JSON line. Each method's learning
+rate is chosen on each seed's validation split from one grid. All numbers are of the last round.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
+import multiprocessing
 import platform
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
+from method_records import (
+    BUDGET,
+    METHODS,
+    PARTITIONS,
+    Unit,
+    base_digest,
+    fits,
+    keep,
+    labels_of,
+    load,
+    read_new,
+    save,
+    settings_of,
+    units_of,
+)
+from method_tables import add_earlier, markdown, table_of, tally
 
 import fedgraft
-from fedgraft.platform.results import client_values, summary
+from fedgraft.platform.results import RunResult, client_values, summary
 
 RESULTS = Path(__file__).parent / "results"
-PARTITIONS: dict[str, dict[str, Any]] = {
-    "pathological": {"name": "natural"},
-    "dirichlet-0.1": {"name": "dirichlet", "alpha": 0.1},
-    "dirichlet-1.0": {"name": "dirichlet", "alpha": 1.0},
-}
-"""How Dolly's eight categories are shared by eight clients; pathological: one category each."""
-
-METHODS: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text())
-BUDGET = "experts_per_layer"
+RECORDS = RESULTS / "methods-records.json"
 _BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
-COLUMNS = {
-    "own_nll": ("own NLL", 3),
-    "own_nll_std": ("+- seeds", 3),
-    "difference_to_fedavg": ("minus FedAvg", 3),
-    "difference_error": ("+- clients x seeds", 3),
-    "worst_nll": ("worst client", 3),
-    "rouge_l": ("ROUGE-L", 3),
-    "retention_nll": ("retention", 3),
-    "mb_up": ("MB up", 2),
-    "mb_down": ("MB down", 2),
-    "seconds": ("s a run", 0),
-    "num_seeds": ("seeds", 0),
-    "rates": ("rates", None),
-}
+_PRELOADED = [
+    "fedgraft.tuning.experiment",
+    "fedgraft.platform.results",
+    "transformers",
+    "peft",
+    "datasets",
+    "rouge_score.rouge_scorer",
+]
+"""Imported once for all processes: importing takes as long as training some of the methods."""
 
 
-def settings(arguments: argparse.Namespace, partition: str, label: str) -> list[str]:
-    """Overrides of the packaged quickstart for one method and partition."""
-    options = {key: value for key, value in METHODS[label].items() if key != BUDGET}
-    budget = f", budgets: {{{BUDGET}: [{METHODS[label][BUDGET]}]}}" if BUDGET in METHODS[label] else ""
-    return [
-        f"name={label}",
-        f"model.path={arguments.model}",
-        "model.dtype=float32",
-        f"data={{path: {arguments.data}, preset: dolly, num_clients: 8, max_length: 80, max_train_examples: 160, "
-        f"max_validation_examples: 16, max_test_examples: 24, partition: {json.dumps(PARTITIONS[partition])}, "
-        f"retention: {{path: {arguments.retention}, max_examples: 8}}}}",
-        f"federation={{rounds: 4, local_steps: 5, batch_size: 4{budget}}}",
-        "rate_search={rates: [0.001, 0.003, 0.01], rounds: 1}",
-        "evaluation={every: 4, at_start: false, generate: end, max_generate: 6, max_new_tokens: 20, choices: never, "
-        "global_view: false, batch_size: 16}",
-        "executor={kind: in_process, threads: 1}",
-        "tracking.enabled=false",
-        "output.report=false",
-        f"output.folder={arguments.runs}/{partition}",
-        f"seeds={json.dumps(seeds_of(arguments, partition))}",
-        f"compare={{methods: {{{label}: {json.dumps(options)}}}}}",
-    ]
-
-
-def seeds_of(arguments: argparse.Namespace, partition: str) -> list[int]:
-    """Three seeds, or as many as asked for, on the pathological partition; ``other_seeds`` on the others."""
-    return list(range(arguments.seeds if partition == "pathological" else arguments.other_seeds))
-
-
-def is_finished(arguments: argparse.Namespace, partition: str, label: str) -> bool:
-    """Whether there are numbers of this very configuration: others are made anew."""
-    path = record_path(arguments, partition, label)
-    return path.is_file() and json.loads(path.read_text())["settings"] == settings(arguments, partition, label)
-
-
-def record_path(arguments: argparse.Namespace, partition: str, label: str) -> Path:
-    """Where the numbers of a finished run of this method lie."""
-    return Path(arguments.runs) / "records" / partition / f"{label}.json"
-
-
-def run_one(arguments: argparse.Namespace) -> None:
-    """Train one method on one partition, and keep its numbers."""
-    partition, label = arguments.one
-    started = time.perf_counter()
-    result = fedgraft.run(fedgraft.load_config(None, settings(arguments, partition, label)))
-    runs = result.runs[label] if isinstance(result, fedgraft.ComparisonResult) else (result,)
-    row = summary(result).loc[label].to_dict()
-    by_seed = {}
-    for run in runs:
-        values = client_values(run)
-        last = values[values["round"] == values["round"].max()]
-        by_seed[str(run.info["seed"])] = {
-            str(client): value for client, value in zip(last["client_id"], last["value"], strict=True)
-        }
-    record = {
-        "method": METHODS[label]["name"],
-        "options": METHODS[label],
-        "seeds": [run.info["seed"] for run in runs],
-        "summary": {key: value for key, value in row.items() if isinstance(value, int | float)},
-        "rates": [run.info.get("learning_rate") for run in runs],
-        "client_nll": by_seed,
-        "diagnostics": [_diagnostics(run) for run in runs],
-        "wall_seconds": time.perf_counter() - started,
-        "settings": settings(arguments, partition, label),
-        "versions": runs[0].info["versions"],
+def overrides(arguments: argparse.Namespace, unit: Unit) -> list[str]:
+    """Overrides of the packaged quickstart for one method, partition and seed."""
+    settings = settings_of(unit.partition)
+    retention = {"path": arguments.retention, **settings.pop("retention")}
+    settings["model"] |= {"path": arguments.model}
+    settings["data"] |= {"path": arguments.data, "retention": retention}
+    options = {key: value for key, value in METHODS[unit.label].items() if key != BUDGET}
+    if BUDGET in METHODS[unit.label]:
+        settings["federation"]["budgets"] = {BUDGET: [METHODS[unit.label][BUDGET]]}
+    settings |= {
+        "name": unit.label,
+        "tracking.enabled": False,
+        "output.report": False,
+        "output.folder": str(Path(arguments.runs) / unit.partition),
+        "seeds": [unit.seed],
+        "compare": {"methods": {unit.label: options}},
     }
-    path = record_path(arguments, partition, label)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
-def _diagnostics(run: Any) -> list[dict[str, Any]]:
-    """What the method noted in the last round that it noted something, by kind."""
-    frame = run.diagnostics[run.diagnostics["kind"] != "routing"]
-    found = []
-    for kind, rows in frame.groupby("kind"):
-        last = rows[rows["round"] == rows["round"].max()]
-        found.append({"kind": kind, "round": int(last["round"].max()), "values": list(last["values"])[:8]})
-    return found
+def run_unit(arguments: argparse.Namespace, unit: Unit) -> None:
+    """Train one method on one partition with one seed, and keep its numbers. What it prints goes to a log of its own."""
+    log = Path(arguments.runs) / "logs" / f"{unit.partition}-{unit.label}-seed-{unit.seed}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        result = fedgraft.run(fedgraft.load_config(None, overrides(arguments, unit)))
+    run = result.runs[unit.label][0] if isinstance(result, fedgraft.ComparisonResult) else result
+    record = _record(unit, run, base_digest(Path(arguments.model))) | {"cpu_seconds": round(time.process_time(), 1)}
+    keep(record, Path(arguments.runs) / "records")
+
+
+def _record(unit: Unit, run: RunResult, base: str) -> dict[str, Any]:
+    row = summary(run).iloc[0]
+    values = client_values(run)
+    last = values[values["round"] == values["round"].max()].sort_values("client_id")
+    return {
+        **unit._asdict(),
+        "options": METHODS[unit.label],
+        "rate": run.info["learning_rate"],
+        "client_nll": [round(float(value), 6) for value in last["value"]],
+        "rouge_l": round(float(row["last_rouge_l"]), 6),
+        "retention_nll": round(float(row["last_retention_nll"]), 6),
+        "bytes_up": int(row["bytes_up"]),
+        "bytes_down": int(row["bytes_down"]),
+        "data_fingerprint": run.info["data_fingerprint"][:16],
+        "base": base,
+        "settings": settings_of(unit.partition),
+        "versions": run.info["versions"],
+    }
+
+
+def left_to_run(arguments: argparse.Namespace) -> list[Unit]:
+    """Give what was asked for and has no record of these settings, options and base model."""
+    base = base_digest(Path(arguments.model))
+    known = load(RECORDS) | read_new(Path(arguments.runs) / "records")
+    finished = {unit for unit, record in known.items() if fits(record, base)}
+    wanted = units_of(arguments.partitions, arguments.only or list(METHODS), arguments.seeds)
+    return [unit for unit in wanted if unit not in finished]
 
 
 def run_all(arguments: argparse.Namespace) -> None:
     """Start one process after another, ``jobs`` at a time; a method that fails is named and the others go on."""
-    labels = arguments.only or list(METHODS)
-    wanted = [(partition, label) for partition in arguments.partitions for label in labels]
-    left = [pair for pair in wanted if not is_finished(arguments, *pair)]
-    active: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
+    left = left_to_run(arguments)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    active: dict[Unit, Any] = {}
     failed = []
     while left or active:
         while left and len(active) < arguments.jobs:
-            pair = left.pop(0)
-            log = Path(arguments.runs) / "logs" / f"{pair[0]}-{pair[1]}.txt"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("wb") as stream:
-                active[pair] = subprocess.Popen(
-                    [sys.executable, __file__, *sys.argv[1:], "--one", *pair], stdout=stream, stderr=subprocess.STDOUT
-                )
+            unit = left.pop(0)
+            active[unit] = context.Process(target=run_unit, args=(arguments, unit))
+            active[unit].start()
         time.sleep(0.5)
-        for pair, process in list(active.items()):
-            if process.poll() is not None:
-                del active[pair]
-                if process.returncode:
-                    failed.append(pair)
-                print(f"{pair[0]} {pair[1]}: {'failed' if process.returncode else 'done'}", flush=True)
+        for unit, process in list(active.items()):
+            if process.exitcode is not None:
+                del active[unit]
+                if process.exitcode:
+                    failed.append(unit)
+                print(f"{' '.join(map(str, unit))}: {'failed' if process.exitcode else 'done'}", flush=True)
     if failed:
-        sys.exit(f"failed: {', '.join(' '.join(pair) for pair in failed)}; see {arguments.runs}/logs")
+        sys.exit(f"failed, with the errors above: {', '.join(' '.join(map(str, unit)) for unit in failed)}")
 
 
 def write(arguments: argparse.Namespace) -> None:
-    """Make the record and the tables of every finished method."""
-    tables: dict[str, dict[str, Any]] = {}
-    versions: dict[str, Any] = {}
-    for partition in PARTITIONS:
-        records = {
-            label: json.loads(record_path(arguments, partition, label).read_text())
-            for label in METHODS
-            if record_path(arguments, partition, label).is_file()
-        }
-        common = {tuple(each for each in record["settings"] if _is_common(each)) for record in records.values()}
-        if len(common) > 1:
-            sys.exit(f"the records of {partition} were made under different settings; run them again")
-        if records:
-            versions = next(iter(records.values()))["versions"]
-            tables[partition] = {label: _row(record, records.get("fedavg")) for label, record in records.items()}
-    machine = f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.machine()}"
-    result = {"benchmark": "methods", "machine": machine, "versions": versions, "partitions": tables}
+    """Add the new records to the known ones, and make the tables of those that fit today's settings."""
+    known = load(RECORDS) | read_new(Path(arguments.runs) / "records")
+    stale = [unit for unit, record in known.items() if not fits(record)]
+    for unit in stale:
+        print(f"left out: {' '.join(map(str, unit))} was made with other settings or options", file=sys.stderr)
+        del known[unit]
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "methods.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = "\n\n".join(f"### {partition}\n\n{_markdown(table)}" for partition, table in tables.items())
+    save(known, RECORDS)
+    tables = {
+        partition: table_of(record for unit, record in known.items() if unit.partition == partition) for partition in PARTITIONS
+    }
+    path = RESULTS / "methods.json"
+    add_earlier(tables, json.loads(path.read_text())["partitions"] if path.is_file() else {})
+    tables = {partition: table for partition, table in tables.items() if table}
+    machine = f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.machine()}"
+    path.write_text(json.dumps({"benchmark": "methods", "machine": machine, "partitions": tables}, indent=1) + "\n")
+    text = "\n\n".join(
+        f"### {partition}\n\n{markdown(table)}\n\n{tally(table, labels_of(partition))}" for partition, table in tables.items()
+    )
     page = RESULTS / "methods.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
     page.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{rest.partition(_END)[2]}", encoding="utf-8")
     nll = {partition: {label: round(row["own_nll"], 4) for label, row in table.items()} for partition, table in tables.items()}
     print(json.dumps({"benchmark": "methods", "own_nll": nll}))
-
-
-def _is_common(override: str) -> bool:
-    """Whether a setting must be the same for all methods: all but names, seeds (the tables count them), options and budgets."""
-    return not override.startswith(("name=", "seeds=", "compare=", "federation=", "output.folder="))
-
-
-def _row(record: dict[str, Any], fedavg: dict[str, Any] | None) -> dict[str, Any]:
-    found = record["summary"]
-    row = {
-        "method": record["method"],
-        "options": record["options"],
-        "num_seeds": len(record["seeds"]),
-        "own_nll": found["last_personal_nll"],
-        "own_nll_std": found.get("last_personal_nll_std"),
-        "worst_nll": found.get("last_worst_client_nll"),
-        "rouge_l": found.get("last_rouge_l"),
-        "retention_nll": found.get("last_retention_nll"),
-        "mb_up": found["bytes_up"] / 1e6,
-        "mb_down": found["bytes_down"] / 1e6,
-        "seconds": found["seconds"],
-        "rates": record["rates"],
-    }
-    if fedavg is not None and record["client_nll"] != fedavg["client_nll"]:
-        pairs = [
-            value - fedavg["client_nll"][seed][client]
-            for seed, clients in record["client_nll"].items()
-            for client, value in clients.items()
-            if client in fedavg["client_nll"].get(seed, {})
-        ]
-        row["difference_to_fedavg"] = statistics.fmean(pairs)
-        row["difference_error"] = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return row
-
-
-def _markdown(table: dict[str, Any]) -> str:
-    rows = [["method", *(title for title, _ in COLUMNS.values())]]
-    for label, row in sorted(table.items(), key=lambda item: item[1]["own_nll"]):
-        rows.append([label, *(_cell(row.get(name), digits) for name, (_, digits) in COLUMNS.items())])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def _cell(value: Any, digits: int | None) -> str:
-    if isinstance(value, list):
-        return ", ".join("-" if each is None else f"{each:g}" for each in value)
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def main() -> None:
@@ -244,20 +173,18 @@ def main() -> None:
     parser.add_argument("--model", help="folder of the base model")
     parser.add_argument("--data", help="databricks-dolly-15k, JSON lines")
     parser.add_argument("--retention", help="general text")
-    parser.add_argument("--runs", default="runs/methods", help="where run folders, logs and numbers lie")
+    parser.add_argument("--runs", default="runs/methods", help="where run folders, logs and new records lie")
     parser.add_argument("--jobs", type=int, default=max(1, psutil.cpu_count(logical=False) or 1), help="processes at a time")
     parser.add_argument("--only", nargs="+", choices=sorted(METHODS), help="labels in benchmarks/methods.yaml; all if not given")
     parser.add_argument("--partitions", nargs="+", choices=list(PARTITIONS), default=list(PARTITIONS))
-    parser.add_argument("--seeds", type=int, default=3, help="seeds on the pathological partition")
-    parser.add_argument("--other-seeds", type=int, default=1, help="seeds on the other partitions")
-    parser.add_argument("--one", nargs=2, metavar=("PARTITION", "LABEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     if arguments.command == "write":
         write(arguments)
     elif not (arguments.model and arguments.data and arguments.retention):
         parser.error("run needs --model, --data and --retention")
-    elif arguments.one:
-        run_one(arguments)
+    elif missing := [path for path in (arguments.model, arguments.data, arguments.retention) if not Path(path).exists()]:
+        parser.error(f"{missing[0]} does not exist")
     else:
         run_all(arguments)
 

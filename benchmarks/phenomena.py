@@ -1,6 +1,6 @@
 """What the methods' papers say of MoE models under heterogeneous text, looked for without training; one JSON line.
 
-    python benchmarks/phenomena.py --model FOLDER --data dolly15k.jsonl.gz [--out benchmarks/results/phenomena.json]
+    python benchmarks/phenomena.py --model FOLDER --data dolly15k.jsonl.gz [--only NAME ...]
 
 Eight clients with one category of Dolly each (for the similarity also Dirichlet 1.0), seeds 0, 1, 2; five random draws a control.
 """
@@ -11,11 +11,14 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from phenomena_experts import gradient_kept, permuted_client
 from scipy.stats import spearmanr
 
 from fedgraft.aggregation.assignment import (
@@ -176,45 +179,72 @@ def load_balance(seed: int) -> dict[str, float]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A base model, and clients of one seed: with a category each (``apart``), and under Dirichlet 1.0 (``mixed``)."""
+
+    model: torch.nn.Module
+    apart: PreparedData
+    mixed: PreparedData
+    pad: int
+    seed: int
+
+    def of_each(self, split: Any) -> dict[int, list[Batch]]:
+        """All clients' examples of a split."""
+        return {client: batches_of(self.apart, client, split, self.pad) for client in range(self.apart.num_clients)}
+
+    def steps(self) -> list[Batch]:
+        """Two batches of four examples of each client, as in local training."""
+        clients = range(self.apart.num_clients)
+        return [batch for client in clients for batch in batches_of(self.apart, client, "train", self.pad, 4)[:2]]
+
+
+MEASURES: dict[str, Callable[[Setting], dict[str, float]]] = {
+    "touched_share_by_batch_size": lambda at: touched_by_batch_size(at.model, at.apart, at.pad),
+    "nll_of_sub_models": lambda at: subsets(at.model, at.apart, at.pad, at.seed),
+    "usage_cosine": lambda at: {
+        "pathological": similarity(at.model, at.apart, at.pad),
+        "dirichlet-1.0": similarity(at.model, at.mixed, at.pad),
+    },
+    "rank_correlation_with_ablation": lambda at: against_ablation(at.model, at.apart, at.pad),
+    "cumulative_load_cv": lambda at: load_balance(at.seed),
+    "gradient_kept": lambda at: gradient_kept(at.model, at.steps(), at.seed),
+    "permuted_client": lambda at: permuted_client(at.model, at.of_each("train"), at.of_each("test"), at.seed),
+}
+
+
+def measure(arguments: argparse.Namespace, names: list[str], seeds: list[int]) -> dict[str, Any]:
+    """Give mean and spread over seeds of what was asked for."""
+    by_seed: list[dict[str, dict[str, float]]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        base = cache_base(arguments.model, "float32", Path(scratch) / "base")
+        tokenizer = load_tokenizer(base)
+        for seed in seeds:
+            apart = prepared(arguments, tokenizer, {"name": "natural"}, seed, Path(scratch) / f"natural-{seed}")
+            mixed = prepared(arguments, tokenizer, {"name": "dirichlet", "alpha": 1.0}, seed, Path(scratch) / f"mixed-{seed}")
+            setting = Setting(model=open_base(base), apart=apart, mixed=mixed, pad=pad_token_id(tokenizer), seed=seed)
+            by_seed.append({name: MEASURES[name](setting) for name in names})
+    return {name: {key: _over_seeds([each[name][key] for each in by_seed]) for key in by_seed[0][name]} for name in names}
+
+
+def _over_seeds(values: list[float]) -> dict[str, float | None]:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
 def main() -> None:
-    """Measure everything and print it."""
+    """Measure what was asked for, beside what the file has already, and print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phenomena.json")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=list(MEASURES), help="the others stay as the file has them")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        base = cache_base(arguments.model, "float32", Path(scratch) / "base")
-        tokenizer = load_tokenizer(base)
-        pad, model = pad_token_id(tokenizer), open_base(base)
-        by_seed: list[dict[str, Any]] = []
-        for seed in range(arguments.seeds):
-            apart = prepared(arguments, tokenizer, {"name": "natural"}, seed, Path(scratch) / f"natural-{seed}")
-            mixed = prepared(arguments, tokenizer, {"name": "dirichlet", "alpha": 1.0}, seed, Path(scratch) / f"mixed-{seed}")
-            by_seed.append(
-                {
-                    "touched_share_by_batch_size": touched_by_batch_size(model, apart, pad),
-                    "nll_of_sub_models": subsets(model, apart, pad, seed),
-                    "usage_cosine": {
-                        "pathological": similarity(model, apart, pad),
-                        "dirichlet-1.0": similarity(model, mixed, pad),
-                    },
-                    "rank_correlation_with_ablation": against_ablation(model, apart, pad),
-                    "cumulative_load_cv": load_balance(seed),
-                }
-            )
-    record = {"benchmark": "phenomena", "seeds": list(range(arguments.seeds))} | {
-        name: {
-            key: {
-                "mean": statistics.fmean(each[name][key] for each in by_seed),
-                "std": statistics.stdev(each[name][key] for each in by_seed) if len(by_seed) > 1 else None,
-            }
-            for key in by_seed[0][name]
-        }
-        for name in by_seed[0]
-    }
+    known = json.loads(arguments.out.read_text())["measured"] if arguments.out.is_file() else {}
+    values = measure(arguments, arguments.only or list(MEASURES), arguments.seeds)
+    found = known | {name: {"seeds": arguments.seeds, "values": each} for name, each in values.items()}
+    record = {"benchmark": "phenomena", "measured": {name: found[name] for name in MEASURES if name in found}}
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
 
