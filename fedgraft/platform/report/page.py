@@ -12,10 +12,10 @@ from markupsafe import Markup
 
 from fedgraft.errors import FedgraftError
 from fedgraft.platform.budgets import distribution_text
-from fedgraft.platform.report import figures
 from fedgraft.platform.report.inside import INSIDE_SECTIONS
 from fedgraft.platform.report.outcome import OUTCOME_SECTIONS
 from fedgraft.platform.report.parts import Subject, count_text
+from fedgraft.platform.report.style import colour_of
 from fedgraft.platform.results import (
     ComparisonResult,
     RunResult,
@@ -75,7 +75,7 @@ def _subject(result: RunResult | ComparisonResult) -> Subject:
         runs = {label: result.runs[label] for label in result.labels}
         base = result.base
     others = [label for label in runs if label != base]
-    colours = {label: figures.colour_of(others.index(label) if label != base else 0, is_base=label == base) for label in runs}
+    colours = {label: colour_of(others.index(label) if label != base else 0, is_base=label == base) for label in runs}
     trained = {label: runs[label] for label in others}
     return Subject(result=result, runs=runs, colours=colours, base=base, table=summary(result), trained=trained)
 
