@@ -234,8 +234,9 @@ def client_values(run: RunResult, task: str = "client", metric: str = "nll", spl
     personal = rows[rows["view"] == "personal"]
     rows = pd.concat([personal, rows[(rows["view"] == "global") & ~rows["round"].isin(personal["round"])]])
     rows = rows.assign(client_id=rows["client_id"].fillna(-1).astype(int), round=rows["round"].astype(int))
-    sums = rows.groupby(["round", "client_id"], as_index=False)[["total", "weight"]].sum()
-    sums["value"] = sums["total"] / sums["weight"].where(sums["weight"] != 0)
+    rows["unknown"] = rows["total"].isna().astype(int)  # a sum leaves NaN out, and would make an NLL of 0 of it
+    sums = rows.groupby(["round", "client_id"], as_index=False)[["total", "weight", "unknown"]].sum()
+    sums["value"] = sums["total"] / sums["weight"].where((sums["weight"] != 0) & (sums["unknown"] == 0))
     return sums[["round", "client_id", "value", "weight"]]
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Tracker",
     "TrackingConfig",
     "describe_store_error",
+    "hide_password",
     "import_mlflow",
     "store_errors",
     "store_of",
@@ -129,7 +130,7 @@ class Tracker:
             for start in range(0, len(entries), _MAX_PER_BATCH):
                 client.log_batch(run.info.run_id, params=entries[start : start + _MAX_PER_BATCH])
         except store_errors() as error:
-            raise FedgraftError(f"MLflow tracking at {_hide_password(uri)} cannot start: {_brief(error)}", hint) from error
+            raise FedgraftError(f"MLflow tracking at {hide_password(uri)} cannot start: {_brief(error)}", hint) from error
         return cls(client, uri, run.info.run_id)
 
     @classmethod
@@ -149,7 +150,7 @@ class Tracker:
     @property
     def uri(self) -> str:
         """Where the run is tracked, without a password; empty where tracking is off."""
-        return _hide_password(self._uri)
+        return hide_password(self._uri)
 
     @property
     def is_on(self) -> bool:
@@ -244,7 +245,7 @@ def store_errors() -> tuple[type[Exception], ...]:
 
 def describe_store_error(uri: str, error: Exception) -> str:
     """Say in one line which store failed and why, without a password."""
-    return f"{_hide_password(uri)}: {_brief(error)}"
+    return f"{hide_password(uri)}: {_brief(error)}"
 
 
 def import_mlflow() -> Any:
@@ -328,10 +329,11 @@ def _value(value: object) -> str:
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - len(note)] + note
 
 
-def _hide_password(uri: str) -> str:
+def hide_password(uri: str) -> str:
+    """Give a URI that can be shown."""
     return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", uri)
 
 
 def _brief(error: Exception) -> str:
     first = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {_hide_password(first[0])[:300]}"
+    return f"{type(error).__name__}: {hide_password(first[0])[:300]}"

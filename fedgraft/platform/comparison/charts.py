@@ -12,7 +12,7 @@ import pandas as pd
 
 from fedgraft.platform.comparison import figures
 from fedgraft.platform.comparison.figures import Grid, Line, Point
-from fedgraft.platform.comparison.keys import is_number, key_text, short_keys, value_text
+from fedgraft.platform.comparison.keys import is_number, key_text, place_of, short_keys, value_text
 from fedgraft.platform.report.style import Chart
 from fedgraft.platform.results import QUANTITIES, Quantity
 
@@ -96,7 +96,7 @@ def _heatmap(comparison: Comparison) -> Chart | None:
     metric = comparison.metric.name
     grids: dict[str, Grid] = {}
     for name, line in frame.iterrows():
-        place = str(name).partition(": ")[0] if ": " in str(name) else ""
+        place = place_of(str(name)).removesuffix(": ")
         told = [line[key] if key == "method" else f"{short[key]} {value_text(line[key])}" for key in others]
         title = ", ".join([*filter(None, [place]), *told])
         grid = grids.setdefault(title, figures.empty_grid(title, len(rows), len(columns)))
@@ -146,9 +146,8 @@ def _line_chart(comparison: Comparison, key: str, column: str, xlabel: str, *, i
     colours = label_colours(comparison)
     lines: dict[str, Line] = {}
     for name, row in frame.iterrows():
-        place = f"{str(name).partition(': ')[0]}: " if ": " in str(name) else ""
         told = [f"{short[other]} {value_text(row[other])}" for other in apart if not _is_missing(row[other])]
-        title = place + " ".join([row["label"], *(f"({part})" for part in told)])
+        title = place_of(str(name)) + " ".join([row["label"], *(f"({part})" for part in told)])
         variants = sum(line.colour == colours[row["label"]] for line in lines.values())
         line = lines.setdefault(title, Line(label=title, colour=colours[row["label"]], variant=variants))
         x = float(row[column]) if is_axis else float(texts.index(key_text(row[column])))

@@ -14,7 +14,7 @@ from fedgraft.errors import ResultsError
 from fedgraft.platform.comparison import terminal
 from fedgraft.platform.comparison.charts import comparison_charts
 from fedgraft.platform.comparison.entries import Sources, find_entries
-from fedgraft.platform.comparison.frames import build_frames
+from fedgraft.platform.comparison.frames import Frames, build_frames
 from fedgraft.platform.comparison.keys import varying_keys
 from fedgraft.platform.comparison.mlflow_query import query_entries
 from fedgraft.platform.comparison.page import write_page
@@ -146,7 +146,7 @@ def compare(
     """
     if bool(targets) == (mlflow is not None):
         raise ResultsError(
-            "expected folders to compare, or a query with --mlflow", "name folders under runs/, or give --mlflow QUERY"
+            "expected either folders to compare or a query with --mlflow", "name folders under runs/, or give --mlflow QUERY"
         )
     if uri is not None and mlflow is None:
         raise ResultsError("--uri has no effect without --mlflow", "remove it, or give --mlflow QUERY")
@@ -162,13 +162,17 @@ def compare(
         return _build(sources, quantities[metric], baseline, tuple(keys))
 
 
-def write_sweep_report(folder: Path | str) -> Path:
-    """Write ``report.html`` of a sweep into its folder.
+def write_sweep_report(folder: Path | str, path: Path | None = None) -> Path:
+    """Write the report of a sweep.
+
+    Args:
+        folder: The sweep's.
+        path: The file; ``None``: ``report.html`` in the folder.
 
     Raises:
         ResultsError: No trial is finished, or a record cannot be read.
     """
-    return compare([folder]).write_html(Path(folder) / "report.html")
+    return compare([folder]).write_html(path or Path(folder) / "report.html")
 
 
 def _build(sources: Sources, metric: Quantity, baseline: str | None, axes: tuple[str, ...]) -> Comparison:
@@ -206,15 +210,22 @@ def _build(sources: Sources, metric: Quantity, baseline: str | None, axes: tuple
         metric=metric,
         baseline=chosen,
         is_baseline_named=baseline is not None,
-        notes=(*sources.unfinished, *_notes(frames.settings, metric)),
+        notes=(*sources.unfinished, *_notes(frames, metric)),
     )
 
 
-def _notes(settings: pd.DataFrame, metric: Quantity) -> list[str]:
+def _notes(frames: Frames, metric: Quantity) -> list[str]:
     notes = []
+    settings = frames.settings
     lacking = [str(name) for name in settings.index[settings[metric.name].isna()]]
     if lacking:
         notes.append(f"no {metric.title} (not measured, or not a number): {', '.join(lacking)}")
+    gaps = frames.clients[frames.clients[metric.name].isna()]
+    for name in settings.index[settings[metric.name].notna()]:
+        count = int((gaps["setting"] == name).sum())
+        if count:
+            clients = f"{count} client{'s' if count != 1 else ''}"
+            notes.append(f"{name}: {clients} without a number (counted with each seed); its means are over the others")
     if int(settings["num_seeds"].max()) == 1:
         notes.append("one seed: no spread over seeds, and what another seed would give is not known")
     elif settings["num_seeds"].nunique() > 1:

@@ -14,7 +14,7 @@ from fedgraft.errors import ResultsError
 from fedgraft.platform.comparison.sweep_folder import TrialRecord, read_sweep
 from fedgraft.platform.results import RunResult, read_json, read_run
 
-__all__ = ["Entry", "Sources", "find_entries", "run_entry"]
+__all__ = ["Entry", "Sources", "find_entries", "near_by", "run_entry"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ def find_entries(targets: Sequence[Path]) -> Sources:
     Raises:
         ResultsError: A folder is none of them, or a finished run in it is not whole.
     """
-    entries: dict[Path | tuple[str, str], Entry] = {}
+    entries: dict[Path | tuple[object, ...], Entry] = {}
     keys: list[str] = []
     unfinished = []
     num_sweeps = 0
@@ -83,7 +83,7 @@ def find_entries(targets: Sequence[Path]) -> Sources:
             keys += [key for key in sweep.keys if key not in keys]
             if sweep.status != "finished":
                 done = sum(trial.status == "finished" for trial in sweep.trials)
-                unfinished.append(f"{folder.name} is {sweep.status}: {done} of {len(sweep.trials)} trials are finished")
+                unfinished.append(f"the sweep {folder.name} is {sweep.status}: {done} of {len(sweep.trials)} trials are finished")
             found = [entry for trial in sweep.trials for entry in _trial_entries(folder, trial, tuple(sweep.keys))]
         elif (folder / "comparison.json").is_file():
             found = list(_experiment_entries(folder, folder.name))
@@ -91,9 +91,10 @@ def find_entries(targets: Sequence[Path]) -> Sources:
             is_part = (folder.parent.parent / "comparison.json").is_file()
             found = [run_entry(folder, (folder.parent.parent if is_part else folder).name)]
         else:
-            raise ResultsError(f"{target} holds neither sweep.json, comparison.json nor run.json", _near(folder))
+            raise ResultsError(f"{target} holds neither sweep.json, comparison.json nor run.json", near_by(folder))
         for entry in found:
-            place = entry.run.folder.resolve() if entry.run is not None else (entry.source, f"{entry.trial} {entry.seed}")
+            where = (folder, entry.trial, entry.label, entry.seed)
+            place = entry.run.folder.resolve() if entry.run is not None else where
             entries.setdefault(place, entry)
     return Sources(
         entries=tuple(entries.values()),
@@ -195,6 +196,7 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
 
 
-def _near(folder: Path) -> str:
+def near_by(folder: Path) -> str:
+    """Say which folder may have been meant: three of those in this one."""
     known = sorted({path.parent.name for name in ("comparison", "sweep") for path in folder.glob(f"*/{name}.json")})[-3:]
     return f"name one of the folders in it: {', '.join(known)}" if known else "name the folder of a run, experiment or sweep"

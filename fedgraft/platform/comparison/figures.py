@@ -91,9 +91,9 @@ def heatmaps(
         mesh = axes.pcolormesh(grid.values, cmap=cmap, vmin=low, vmax=high, edgecolor=look.paper, lw=1.2)
         for row, column in np.argwhere(np.isfinite(grid.values)):
             value, spread = float(grid.values[row, column]), float(grid.spreads[row, column])
-            share = (value - low) / (high - low)
-            is_dark = share < 0.5 if is_lower_better else share > 0.5
             text = f"{value:.{digits}f}" + ("" if math.isnan(spread) else f"\n\u00b1{spread:.{digits}f}")
+            red, green, blue, _ = mesh.cmap(mesh.norm(value))
+            is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.52  # as bright as the eye sees it
             colour = "#ffffff" if is_dark else "#16202b"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, size=look.size - 1.5)
         axes.set_xticks(np.arange(len(columns)) + 0.5, [short(name, 12) for name in columns])
@@ -128,7 +128,7 @@ def lines(
         ticks: Places and names on the x axis; ``None``: numbers.
         is_log: The x axis.
     """
-    figure, axes = new_figure(look.wide * 0.75, look.wide * 0.38)
+    figure, axes = new_figure(look.wide, look.wide * 0.36)
     for line in lines:
         x, y, spread = np.array(sorted(line.points)).T
         axes.errorbar(
@@ -144,7 +144,7 @@ def lines(
     axes.set_xlabel(plain(xlabel))
     axes.set_ylabel(ylabel)
     axes.grid(axis="x", visible=False)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside right upper", frameon=False, handlelength=3)
     return figure
 
 
@@ -170,7 +170,7 @@ def pareto(look: Look, *, panels: Mapping[str, Sequence[Point]], ylabel: str, is
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda value, _: "none" if value <= nothing * 1.01 else readable_bytes(value))
         )
-    _label(figure, look, found, "bytes up and down, whole run", ylabel)
+    _label(found, "bytes up and down, whole run", ylabel)
     front_line = Line2D([], [], color=look.muted, lw=1.2, ls=(0, (4, 2)), label="front: beaten in both by nothing")
     _legend(figure, look, panels, front_line)
     return figure
@@ -185,7 +185,7 @@ def scatters(look: Look, *, panels: Mapping[str, Sequence[Point]], xlabel: str, 
         axes.margins(0.1)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.set_title(short(title, 40), size=look.size)
-    _label(figure, look, found, xlabel, ylabel)
+    _label(found, xlabel, ylabel)
     _legend(figure, look, panels)
     return figure
 
@@ -248,13 +248,14 @@ def _mark(axes: Axes, look: Look, point: Point, x: float, y: float, *, with_x: b
     )  # fmt: skip
 
 
-def _label(figure: Figure, look: Look, panels: Sequence[Axes], xlabel: str, ylabel: str) -> None:
-    if len(panels) == 1:
-        panels[0].set_xlabel(xlabel)
-        panels[0].set_ylabel(ylabel)
-    else:
-        figure.supxlabel(xlabel, size=look.size, color=look.muted)
-        figure.supylabel(ylabel, size=look.size, color=look.muted)
+def _label(panels: Sequence[Axes], xlabel: str, ylabel: str) -> None:
+    """Name the axes where a reader looks for it: below the lowest panels, and left of the first ones."""
+    columns = panels[0].get_gridspec().ncols
+    for place, axes in enumerate(panels):
+        if place + columns >= len(panels):
+            axes.set_xlabel(xlabel)
+        if place % columns == 0:
+            axes.set_ylabel(ylabel)
 
 
 def _legend(figure: Figure, look: Look, panels: Mapping[str, Sequence[Point]], *more: Line2D) -> None:

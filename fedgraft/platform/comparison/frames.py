@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from fedgraft.platform.comparison.entries import Entry
 from fedgraft.platform.comparison.keys import key_text, point_of, setting_name, short_keys, value_text
-from fedgraft.platform.results import QUANTITIES, RunResult, client_values, last_round, round_values
+from fedgraft.platform.results import QUANTITIES, RunResult, client_values, round_values
 
 __all__ = ["COSTS", "Frames", "build_frames", "label_distance"]
 
@@ -45,18 +45,24 @@ def build_frames(entries: Sequence[Entry], keys: Sequence[str]) -> Frames:
     names = _setting_names(entries, points, keys)
     groups = _data_groups(entries)
     named = _data_names(groups, points, keys)
+    table, judged = _judged([entry.run for entry in entries])
     rows, clients = [], []
-    for entry, point, name, group in zip(entries, points, names, groups, strict=True):
+    for number, (entry, point, name, group) in enumerate(zip(entries, points, names, groups, strict=True)):
         is_averaged = entry.status == "finished" and entry.run is not None
         head: dict[str, Any] = {"setting": name, "label": entry.label, "method": entry.method, **point, "data": named[group]}
         head |= {"seed": entry.seed, "source": entry.source, "trial": entry.trial}
         row = head | {"status": entry.status, "is_averaged": is_averaged, "rounds_done": entry.rounds_done}
         row |= {"rounds": entry.rounds or entry.rounds_done, "error": entry.error, "folder": ""}
         row |= dict.fromkeys(_NUMBERS, math.nan) | {"last_round": -1, "learning_rate": math.nan, "data_fingerprint": ""}
+        row |= table.get(number, {})
         if entry.run is not None:
-            row |= _run_values(entry.run)
+            row |= _costs(entry.run)
             if is_averaged:
-                clients += [head | each for each in _client_rows(entry.run)]
+                client_names = entry.run.client_names
+                clients += [
+                    head | {"client_id": idx, "client": client_names.get(idx, f"client {idx}"), **values}
+                    for idx, values in judged.get(number, {}).items()
+                ]
         rows.append(row)
     runs = pd.DataFrame(rows).astype({"seed": "Int64", **dict.fromkeys(_NUMBERS, float)})
     columns = ["setting", "label", "method", *keys, "data", "seed", "source", "trial", "client_id", "client", *_CLIENT_METRICS]
@@ -84,30 +90,49 @@ def label_distance(run: RunResult) -> float:
     return sum(map(distance, counts)) / len(counts)
 
 
-def _run_values(run: RunResult) -> dict[str, Any]:
-    last, table = last_round(run), round_values(run)
-    values: dict[str, Any] = {quantity.name: float(table[quantity.name].get(last, math.nan)) for quantity in QUANTITIES}
-    for way in ("up", "down"):
-        values[f"bytes_{way}"] = float(run.ledger.loc[run.ledger["direction"] == way, "bytes"].sum())
+def _judged(runs: Sequence[RunResult | None]) -> tuple[dict[int, dict[str, Any]], dict[int, dict[int, dict[str, float]]]]:
+    """Give the quantities and the clients' values of the last round that judged clients, by place in ``runs``.
+
+    The last rounds of all runs are summed up at once, as if they were the rounds of one run: what a quantity is stays
+    with ``fedgraft.platform.results``, and a sweep of hundreds of runs takes no hundreds of small sums.
+    """
+    parts, lasts = [], {}
+    for number, run in enumerate(runs):
+        if run is None:
+            continue
+        rows = run.evaluations
+        rounds = rows.loc[(rows["task"] == "client") & (rows["metric"] == "nll") & (rows["split"] == "test"), "round"]
+        if len(rounds):
+            lasts[number] = int(rounds.max())
+            parts.append(rows[rows["round"] == lasts[number]].assign(round=number))
+    first = next((run for run in runs if run is not None), None)
+    if first is None or not parts:
+        return {}, {}
+    stacked = replace(first, evaluations=pd.concat(parts, ignore_index=True))
+    table = round_values(stacked)
+    quantities = {
+        number: {str(name): float(value) for name, value in table.loc[number].items()} | {"last_round": last}
+        for number, last in lasts.items()
+    }
+    clients: dict[int, dict[int, dict[str, float]]] = {}
+    for name, (task, metric) in _CLIENT_METRICS.items():
+        values = client_values(stacked, task, metric)
+        values = values[values["client_id"] >= 0]
+        for number, client, value in zip(values["round"], values["client_id"], values["value"], strict=True):
+            clients.setdefault(int(number), {}).setdefault(int(client), {})[name] = float(value)
+    return quantities, clients
+
+
+def _costs(run: RunResult) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        f"bytes_{way}": float(run.ledger.loc[run.ledger["direction"] == way, "bytes"].sum()) for way in ("up", "down")
+    }
     values["seconds"] = float(run.info.get("seconds") or math.nan)
     values["label_distance"] = label_distance(run)
-    values["last_round"] = last
     values["learning_rate"] = float(run.info.get("learning_rate") or math.nan)
     values["data_fingerprint"] = str(run.info.get("data_fingerprint") or "")
     values["folder"] = str(run.folder)
     return values
-
-
-def _client_rows(run: RunResult) -> list[dict[str, Any]]:
-    last = last_round(run)
-    tables = {}
-    for name, (task, metric) in _CLIENT_METRICS.items():
-        rows = client_values(run, task, metric)
-        tables[name] = rows[(rows["round"] == last) & (rows["client_id"] >= 0)].set_index("client_id")["value"]
-    table = pd.DataFrame(tables)
-    names = run.client_names
-    records = {int(str(idx)): {str(name): value for name, value in row.items()} for idx, row in table.to_dict("index").items()}
-    return [{"client_id": idx, "client": names.get(idx, f"client {idx}"), **record} for idx, record in records.items()]
 
 
 def _settings(runs: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

@@ -8,7 +8,17 @@ from typing import Any
 
 from fedgraft.platform.comparison.entries import Entry, Sources
 
-__all__ = ["is_number", "key_text", "point_of", "setting_name", "short_keys", "value_text", "varying_keys"]
+__all__ = [
+    "is_number",
+    "key_text",
+    "label_of",
+    "place_of",
+    "point_of",
+    "setting_name",
+    "short_keys",
+    "value_text",
+    "varying_keys",
+]
 
 _METHOD_KEYS = ("method", "method.name", "seed", "seeds")
 """What the columns for method and seed say already."""
@@ -82,6 +92,17 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
                 break
         short[key] = tail
     return short
+
+
+def place_of(setting: str) -> str:
+    """Give the place in a setting's name, ``alpha-1 0003: ``; empty but where equal settings of several places stand apart."""
+    place, found, _ = setting.partition(": ")
+    return f"{place}: " if found else ""
+
+
+def label_of(setting: str, label: str) -> str:
+    """Name a setting where its keys have columns of their own."""
+    return place_of(setting) + label
 
 
 def setting_name(label: str, point: Mapping[str, Any], told: Iterable[str]) -> str:

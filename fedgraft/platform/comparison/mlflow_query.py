@@ -40,7 +40,11 @@ def query_entries(query: str, uri: str | None) -> Iterator[Sources]:
     try:
         client = mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
         experiments = [experiment.experiment_id for experiment in client.search_experiments(max_results=_MOST)]
-        found = list(client.search_runs(experiments, query, max_results=_MOST)) if experiments else []
+        found = (
+            list(client.search_runs(experiments, query, max_results=_MOST, order_by=["attributes.start_time ASC"]))
+            if experiments
+            else []
+        )
     except store_errors() as error:
         raise ResultsError(
             f"--mlflow {query!r} at {describe_store_error(address, error)}",

@@ -15,7 +15,7 @@ from fedgraft.platform.comparison.charts import (
     label_colours,
     skew_of,
 )
-from fedgraft.platform.comparison.keys import short_keys, value_text
+from fedgraft.platform.comparison.keys import label_of, short_keys, value_text
 from fedgraft.platform.comparison.words import baseline_words, p_text, pair_words, status_words
 from fedgraft.platform.report.page import Page, write_file
 from fedgraft.platform.report.parts import Cell, Section, Table, drawings, duration_text, fixed, rounds_text
@@ -126,14 +126,14 @@ def _summary(comparison: Comparison) -> Section:
     keys = [key for key in comparison.keys if frame[key].map(value_text).nunique() > 1]
     short = short_keys(keys)
     shown = [quantity for quantity in QUANTITIES if frame[quantity.name].notna().any()]
-    columns = [("setting", ""), *((short[key], "") for key in keys), ("seeds", ""), ("round", "")]
+    columns = [("method", ""), *((short[key], "") for key in keys), ("seeds", ""), ("round", "")]
     columns += [(quantity.title, "lower is better" if quantity.is_lower_better else "higher is better") for quantity in shown]
     columns += [("bytes", "lower is better"), ("time", "")]
     rows = []
     for _, block in frame.groupby("data", sort=False):
         best = {quantity.name: _best(block, quantity) for quantity in shown}
         for name, row in block.iterrows():
-            cells = [Cell(text=str(name), colour=_colour(colours[row["label"]]))]
+            cells = [Cell(text=label_of(str(name), row["label"]), colour=_colour(colours[row["label"]]))]
             cells += [Cell(text=value_text(row[key]), is_number=True) for key in keys]
             cells += [
                 Cell(text=str(row["num_seeds"]), is_number=True),

@@ -189,7 +189,8 @@ def _clients_differ(mine: pd.DataFrame, other: pd.DataFrame, clients: pd.DataFra
             return f"{name} and {baseline} were judged on different clients (seed {seed}: {counts})"
         prints = [frame.loc[frame["seed"] == seed, "data_fingerprint"].iloc[0] for frame in (mine, other)]
         if prints[0] != prints[1]:
-            return f"{name} and {baseline} had different data (seed {seed}: fingerprints {prints[0][:8]} and {prints[1][:8]})"
+            shown = [each[:8] or "unknown" for each in prints]
+            return f"{name} and {baseline} had different data (seed {seed}: fingerprints {shown[0]} and {shown[1]})"
     return ""
 
 

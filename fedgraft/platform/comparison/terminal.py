@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fedgraft.platform.comparison.keys import short_keys, value_text
+from fedgraft.platform.comparison.keys import label_of, short_keys, value_text
 from fedgraft.platform.comparison.words import baseline_words, p_text, pair_words, status_words, with_spread
 from fedgraft.platform.report.parts import fixed
 from fedgraft.platform.report.style import readable_bytes
@@ -60,7 +60,11 @@ def _settings(comparison: Comparison) -> Table:
         best = {quantity.name: _best(block, quantity) for quantity in shown}
         names = list(block.index)
         for name, row in block.iterrows():
-            cells = [_label(row["label"], str(name)), *(Text(value_text(row[key])) for key in keys), Text(str(row["num_seeds"]))]
+            cells = [
+                Text(label_of(str(name), row["label"])),
+                *(Text(value_text(row[key])) for key in keys),
+                Text(str(row["num_seeds"])),
+            ]
             for quantity in shown:
                 is_best = len(block) > 1 and fixed(row[quantity.name], quantity.digits) == best[quantity.name]
                 text = with_spread(row, quantity) if quantity is comparison.metric else fixed(row[quantity.name], quantity.digits)
@@ -71,12 +75,6 @@ def _settings(comparison: Comparison) -> Table:
 
 
 _MARKS = "bold: best of a column on the same clients; 'lower' and 'higher': which is better"
-
-
-def _label(label: str, name: str) -> Text:
-    """The label, with the place in front where equal settings of several places stand apart."""
-    place, found, _ = name.partition(": ")
-    return Text(f"{place}: {label}" if found and not name.startswith(label) else label)
 
 
 def _tests(comparison: Comparison) -> Table:

@@ -29,7 +29,7 @@ def write_run(folder: Path, label: str, seed: int, score: Score, **more: Any) ->
     names = options.get("client_names") or [f"client {idx}" for idx in range(num_clients)]
     info = {"run_id": folder.name, "label": label, "method": options.get("method", label), "seed": seed, "rounds": rounds}
     info |= {"status": options["status"], "num_clients": num_clients, "client_names": names, "learning_rate": 0.01}
-    info |= {"seconds": 60.0, "data_fingerprint": f"{options['data']}-{seed}", "error": options.get("error")}
+    info |= {"seconds": 60.0, "data_fingerprint": options["data"] and f"{options['data']}-{seed}", "error": options.get("error")}
     (folder / "run.json").write_text(json.dumps(info))
     evaluations = []
     for idx in range(rounds + 1):
