@@ -257,7 +257,7 @@ def ui(
         if store.is_server:
             output.print(Text(f"{store.shown} is a tracking server with an interface of its own: open it in a browser"))
             return
-        for signum in (signal.SIGTERM, signal.SIGHUP):  # whatever ends this command ends the server
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever ends this command ends the server
             signal.signal(signum, _interrupt)
         try:
             output.print(Text(f"starting MLflow on {store.shown}"), soft_wrap=True)

@@ -86,7 +86,7 @@ def find_store(target: Path | None) -> Store:
     """
     if target is None:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-        return Store(uri=uri) if uri else _in_folder(Path("runs"), "run fedgraft first, or name a runs folder or a configuration")
+        return _store(uri) if uri else _in_folder(Path("runs"), "run fedgraft first, or name a runs folder or a configuration")
     if target.is_dir():
         return _in_folder(target, "name the runs folder, a folder in it, or a configuration")
     if not target.exists():
@@ -99,14 +99,20 @@ def _in_folder(folder: Path, hint: str) -> Store:
     place = folder.resolve()
     uri = _recorded(place)
     if uri:
-        return Store(uri=uri)
+        return _store(uri)
     for level in (place, *list(place.parents)[:_LEVELS]):
         if (level / DATABASE).is_file():
-            return Store(uri=f"sqlite:///{level / DATABASE}", artifacts=level / ARTIFACTS)
+            return _store(f"sqlite:///{level / DATABASE}")
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
-        return Store(uri=uri)
+        return _store(uri)
     raise ResultsError(f"no MLflow database: {place / DATABASE} does not exist", hint)
+
+
+def _store(uri: str) -> Store:
+    """A store; files that are tracked through its server go beside the database, where those of fedgraft's own runs lie."""
+    path = Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+    return Store(uri=uri, artifacts=None if path is None else path.parent / ARTIFACTS)
 
 
 def _recorded(folder: Path) -> str | None:
@@ -130,7 +136,7 @@ def _of_config(path: Path) -> Store:
     if not config.tracking.enabled:
         raise ResultsError(f"{path}: tracking.enabled is false, so nothing was tracked", "name another configuration or folder")
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return Store(uri=uri) if uri else _in_folder(config.output.folder, f"run {path} first")
+    return _store(uri) if uri else _in_folder(config.output.folder, f"run {path} first")
 
 
 @contextmanager

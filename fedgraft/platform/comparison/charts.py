@@ -199,7 +199,7 @@ def _retention(comparison: Comparison) -> Chart | None:
             figures.scatters,
             panels=panels,
             xlabel=_with_direction(comparison.metric),
-            ylabel=f"general text: {_with_direction(retention)}",
+            ylabel=_with_direction(retention),
         ),
     )
 

@@ -162,7 +162,7 @@ def pareto(look: Look, *, panels: Mapping[str, Sequence[Point]], ylabel: str, is
         axes.set_title(short(title, 40), size=look.size)
     high = max(max(point.x, nothing) for points in panels.values() for point in points)
     has_nothing = any(point.x <= 0 for points in panels.values() for point in points)
-    ticks = _byte_ticks(nothing * 4, high)
+    ticks = _byte_ticks(nothing * 4, high, most=int(figure.get_figwidth() / found[0].get_gridspec().ncols / 0.9))
     for axes in found:
         axes.set_xlim(nothing / 1.8 if has_nothing else nothing * 2.5, high * 1.8)
         axes.xaxis.set_major_locator(FixedLocator([nothing, *ticks] if has_nothing else ticks))
@@ -266,8 +266,8 @@ def _legend(figure: Figure, look: Look, panels: Mapping[str, Sequence[Point]], *
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, handletextpad=0.4, columnspacing=1.2)
 
 
-def _byte_ticks(low: float, high: float) -> list[float]:
-    """Powers of two, at most five."""
+def _byte_ticks(low: float, high: float, most: int) -> list[float]:
+    """Powers of two, at most ``most`` (two or more)."""
     first, last = math.ceil(math.log2(low / 1.6)), math.floor(math.log2(high * 1.6))
-    step = max(1, math.ceil((last - first) / 4))
+    step = max(1, math.ceil((last - first + 1) / max(2, min(most, 5))))
     return [2.0**power for power in range(first, last + 1, step)]
