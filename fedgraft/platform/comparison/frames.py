@@ -110,9 +110,10 @@ def _judged(runs: Sequence[RunResult | None]) -> tuple[dict[int, dict[str, Any]]
         return {}, {}
     stacked = replace(first, evaluations=pd.concat(parts, ignore_index=True))
     table = round_values(stacked)
-    quantities = {
-        number: {str(name): float(value) for name, value in table.loc[number].items()} | {"last_round": last}
-        for number, last in lasts.items()
+    rows_by_run = {int(str(number)): row for number, row in table.to_dict("index").items()}
+    quantities: dict[int, dict[str, Any]] = {
+        number: {str(name): value for name, value in row.items()} | {"last_round": lasts[number]}
+        for number, row in rows_by_run.items()
     }
     clients: dict[int, dict[int, dict[str, float]]] = {}
     for name, (task, metric) in _CLIENT_METRICS.items():

@@ -18,7 +18,7 @@ from fedgraft.platform.comparison.charts import (
 from fedgraft.platform.comparison.keys import label_of, short_keys, value_text
 from fedgraft.platform.comparison.words import baseline_words, p_text, pair_words, status_words
 from fedgraft.platform.report.page import Page, write_file
-from fedgraft.platform.report.parts import Cell, Section, Table, drawings, duration_text, fixed, rounds_text
+from fedgraft.platform.report.parts import Cell, Section, Table, drawings, fixed, rounds_text
 from fedgraft.platform.report.style import Chart, colour_of, readable_bytes
 from fedgraft.platform.results import QUANTITIES, Quantity
 
@@ -128,7 +128,7 @@ def _summary(comparison: Comparison) -> Section:
     shown = [quantity for quantity in QUANTITIES if frame[quantity.name].notna().any()]
     columns = [("method", ""), *((short[key], "") for key in keys), ("seeds", ""), ("round", "")]
     columns += [(quantity.title, "lower is better" if quantity.is_lower_better else "higher is better") for quantity in shown]
-    columns += [("bytes", "lower is better"), ("time", "")]
+    columns.append(("bytes", "lower is better"))
     rows = []
     for _, block in frame.groupby("data", sort=False):
         best = {quantity.name: _best(block, quantity) for quantity in shown}
@@ -144,10 +144,7 @@ def _summary(comparison: Comparison) -> Section:
                 is_best = len(block) > 1 and text == best[quantity.name] != ""
                 spread_text = "" if pd.isna(spread) else fixed(spread, quantity.digits)
                 cells.append(Cell(text=text, spread=spread_text, mark="win" if is_best else "", is_number=True))
-            cells += [
-                Cell(text=readable_bytes(row["bytes_up"] + row["bytes_down"]), is_number=True),
-                Cell(text=duration_text(row["seconds"]), is_number=True),
-            ]
+            cells.append(Cell(text=readable_bytes(row["bytes_up"] + row["bytes_down"]), is_number=True))
             rows.append(tuple(cells))
     table = Table(caption="Last score, means over seeds", columns=tuple(columns), rows=tuple(rows), is_long=True)
     words = ("Tinted: best of a column on the same clients. Every number is of the last judged round. Click a heading to sort.",)

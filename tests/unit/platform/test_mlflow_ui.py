@@ -70,7 +70,8 @@ def test_a_configuration(runs: Path, tmp_path: Path) -> None:
 )
 def test_nothing_to_show_is_one_message(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["ui", *arguments])
-    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    said = " ".join(result.stderr.replace("\u2502", " ").split())
+    assert (result.exit_code, message in said) == (2, True), result.stderr
 
 
 def test_a_taken_port_is_one_message_and_starts_nothing(runs: Path) -> None:
