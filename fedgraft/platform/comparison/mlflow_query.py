@@ -50,6 +50,8 @@ def query_entries(query: str, uri: str | None) -> Iterator[Sources]:
             f"--mlflow {query!r} at {describe_store_error(address, error)}",
             'check --uri and the query, e.g. --mlflow "tags.\\"fedgraft.method\\" = \'flex\'"',
         ) from error
+    if len(found) == _MOST:
+        raise ResultsError(f"--mlflow {query!r} finds {_MOST} runs or more", "narrow the query")
     runs = [run for run in found if run.data.tags.get("fedgraft.kind") == "run"]
     if not runs:
         over = f"; it finds {len(found)} others, such as experiments" if found else ""
@@ -64,7 +66,7 @@ def _entry(client: Any, address: str, run: Any, scratch: Path) -> Entry:
     folder = Path(tags.get("fedgraft.folder", ""))
     if not _is_here(folder, run.info.run_id):
         folder = scratch
-        if run.info.status == "FINISHED":
+        if run.info.status == "FINISHED" and tags.get("fedgraft.stopped_early") != "true":
             _fetch(client, address, run.info.run_id, scratch)
     source = tags.get("fedgraft.sweep") or tags.get("mlflow.parentRunId") or run.info.run_id
     status = "stopped_early" if tags.get("fedgraft.stopped_early") == "true" else _UNFINISHED.get(run.info.status, "finished")

@@ -43,7 +43,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, sweep_folder: Make, trial: A
 
             status = {("flex", 10.0): "stopped_early", ("fedavg", 10.0): "failed"}.get((label, alpha), "finished")
             point = {ALPHA: alpha, METHOD: label} | ({"method.n_graft": 2} if label == "flex" else {})
-            more = {"bytes": 1000 if label == "flex" else 4000, "skew": 0.5 if alpha == 0.1 else 0.25}
+            # The configuration's default of a key that does not apply to fedavg must not show.
+            more = {
+                "config": {"method": {"n_graft": 9}},
+                "bytes": 1000 if label == "flex" else 4000,
+                "skew": 0.5 if alpha == 0.1 else 0.25,
+            }
             made = trial(point, label, score, status, "QuorumError: 1 answered" if status == "failed" else None, more)
             trials.append(made)
     folder: Path = sweep_folder(tmp_path_factory.mktemp("runs") / "alpha-1", [ALPHA, METHOD, "method.n_graft"], trials)
@@ -144,6 +149,15 @@ def test_the_map_of_one_key_and_several_methods(found: Comparison) -> None:
     (grid,) = shown["grids"]
     assert grid.values[1, 0] == pytest.approx(found.settings.loc["flex (alpha 0.1)", "personal_nll"])
     assert charts.skew_of(found) == (ALPHA, f"{ALPHA} (small: clients differ more)", True)
+
+
+def test_fronts_are_drawn_among_the_same_clients(found: Comparison) -> None:
+    (chart,) = [chart for chart in charts.comparison_charts(found) if chart.key == "bytes"]
+    panels = chart.draw.keywords["panels"]  # type: ignore[attr-defined]
+    assert {title: [point.label for point in points] for title, points in panels.items()} == {
+        "alpha 0.1": ["fedavg", "flex"], "alpha 1": ["fedavg", "flex"],
+    }  # fmt: skip
+    assert [point.x for point in panels["alpha 1"]] == [16000, 4000]
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:

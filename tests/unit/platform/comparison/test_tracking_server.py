@@ -52,6 +52,8 @@ def ui(database: Path, port: int) -> Iterator[subprocess.Popen[str]]:
         for member in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
             member.kill()
         process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def _track(uri: str, folder: Path, label: str, config: RunConfig, status: str = "finished", **more: str) -> str:
@@ -115,10 +117,10 @@ def test_ui_serves_tracks_compares_and_ends(
     taken = subprocess.run(
         [sys.executable, "-m", "fedgraft", "ui", "--port", str(port)],
         cwd=tmp_path, env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/x.db"}, capture_output=True, text=True,
-        timeout=60, check=False,
+        timeout=180, check=False,
     )  # fmt: skip
     assert (taken.returncode, f"--port {port}" in taken.stderr) == (2, True)
 
     ui.send_signal(signal.SIGINT)
-    assert ui.wait(30) == 0
+    assert ui.wait(60) == 0
     assert [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []
