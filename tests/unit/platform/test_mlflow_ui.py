@@ -65,7 +65,7 @@ def test_a_configuration(runs: Path, tmp_path: Path) -> None:
     [
         ([], "runs/mlflow.db does not exist"),
         (["nowhere"], "nowhere does not exist"),
-        (["--port", "0"], "0 is not in the range"),
+        (["--port", "0"], "greater than or equal to 1"),
     ],
 )
 def test_nothing_to_show_is_one_message(arguments: list[str], message: str) -> None:
