@@ -139,3 +139,10 @@ def test_a_client_without_a_value_is_no_pair(tmp_path: Path, experiment_folder: 
     assert (row["num_pairs"], row["num_clients"]) == (14, 7)
     assert "flex: 2 clients without a number" in printed(found)
     assert found.settings.loc["flex", "personal_nll"] == pytest.approx(1.04)  # of clients 1 to 7
+
+
+def test_a_methods_label_stands_for_its_setting_on_the_same_data(tmp_path: Path, experiment_folder: MakeExperiment) -> None:
+    runs = {"fedavg": lambda seed, client: 2.0, "flex": lambda seed, client: 1.0}
+    folders = [experiment_folder(tmp_path / name, runs, data=f"data of {name}") for name in ("a", "b")]
+    found = compare(folders)
+    assert found.tests[["setting", "baseline"]].to_numpy().tolist() == [["a: flex", "a: fedavg"], ["b: flex", "b: fedavg"]]
