@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedgraft.moe.export import load_export
     from fedgraft.platform.catalogue import MethodInfo
     from fedgraft.platform.catalogue import list_methods as methods
+    from fedgraft.platform.comparison import Comparison, compare
     from fedgraft.platform.config import RunConfig
     from fedgraft.platform.doctor import examine
     from fedgraft.platform.export import Export, export
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "Comparison",
     "ComparisonResult",
     "Event",
     "Export",
@@ -46,6 +48,7 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "Verification",
+    "compare",
     "examine",
     "export",
     "load_config",
@@ -62,6 +65,7 @@ __all__ = [
 
 _HOMES = {
     "METHODS": "fedgraft.registry",
+    "Comparison": "fedgraft.platform.comparison",
     "ComparisonResult": "fedgraft.platform.results",
     "Event": "fedgraft.platform.progress",
     "Export": "fedgraft.platform.export",
@@ -73,6 +77,7 @@ _HOMES = {
     "RunConfig": "fedgraft.platform.config",
     "RunResult": "fedgraft.platform.results",
     "Verification": "fedgraft.platform.verify",
+    "compare": "fedgraft.platform.comparison",
     "examine": "fedgraft.platform.doctor",
     "export": "fedgraft.platform.export",
     "load_config": "fedgraft.platform.loading",

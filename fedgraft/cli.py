@@ -8,6 +8,7 @@ import errno
 import importlib.metadata
 import json
 import re
+import signal
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -175,18 +176,100 @@ def doctor(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs or comparisons.")],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The file; else report.html in the only folder, or in the current directory."),
-    ] = None,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a run, an experiment or a sweep.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file; else report.html in the folder.")] = None,
 ) -> None:
-    """Write the report of a run again, or one that compares several runs on the same clients."""
+    """Write the report of a run, an experiment or a sweep again; `compare` puts several side by side."""
     with _errors():
         from fedgraft.platform.reporting import rewrite_report
 
-        path = rewrite_report(folders, output)
-        Console().print(Text(str(path)), soft_wrap=True)
+        Console().print(Text(str(rewrite_report(folder, output))), soft_wrap=True)
+
+
+@app.command()
+def compare(
+    targets: Annotated[
+        list[Path] | None, typer.Argument(metavar="[TARGET]...", help="Folders of runs, experiments and sweeps.")
+    ] = None,
+    mlflow: Annotated[
+        str | None,
+        typer.Option("--mlflow", metavar="QUERY", help="Instead: runs that MLflow finds, e.g. tags.\"fedgraft.method\" = 'flex'"),
+    ] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option("--uri", help="Store of --mlflow; else MLFLOW_TRACKING_URI, else runs/mlflow.db."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option("--metric", help="What to judge by: personal_nll, token_accuracy or rouge_l.")
+    ] = "personal_nll",
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", help="Method or setting to test the others against; else fedavg, else the first method."),
+    ] = None,
+    keys: Annotated[
+        str | None, typer.Option("--keys", metavar="KEY,KEY", help="The heatmap's two keys; else the first two that vary.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write a row a point, method, seed and client.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained report.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option("--figures", metavar="FOLDER", help="Write the report's figures as PNG and SVG for a paper.")
+    ] = None,
+) -> None:
+    """Compare runs, experiments and sweeps: last scores, paired tests against a baseline, a report, figures."""
+    if keys is not None and html is None and figures is None:
+        raise typer.BadParameter("has an effect on --html and --figures only", param_hint="--keys")
+    with _errors():
+        found = fedgraft.compare(
+            targets or (),
+            mlflow=mlflow,
+            uri=uri,
+            metric=metric,
+            baseline=baseline,
+            keys=tuple(key.strip() for key in keys.split(",")) if keys is not None else (),
+        )
+        output = Console()
+        _show(found.table(), output)
+        written = [found.to_csv(csv)] if csv is not None else []
+        written += [found.write_html(html)] if html is not None else []
+        written += found.write_figures(figures) if figures is not None else ()
+        for path in written:
+            output.print(Text(str(path)), soft_wrap=True)
+
+
+@app.command()
+def ui(
+    target: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[TARGET]",
+            help="The runs folder, a folder in it, or a configuration; without it MLFLOW_TRACKING_URI, else the folder runs.",
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535, help="On this machine only (127.0.0.1).")] = 5000,
+) -> None:
+    """Show the runs in MLflow's user interface, until Ctrl-C."""
+    with _errors():
+        from fedgraft.platform.mlflow_ui import find_store, serve
+
+        store, output = find_store(target), Console(highlight=False)
+        if store.is_server:
+            output.print(Text(f"{store.shown} is a tracking server with an interface of its own: open it in a browser"))
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever ends this command ends the server
+            signal.signal(signum, _interrupt)
+        try:
+            output.print(Text(f"starting MLflow on {store.shown}"), soft_wrap=True)
+            with serve(store, port) as server:
+                output.print(Text(f"open {server.address} in a browser; Ctrl-C ends it"), soft_wrap=True)
+                server.wait()
+        except KeyboardInterrupt:
+            output.print("ended")
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 @app.command()

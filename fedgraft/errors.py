@@ -5,6 +5,7 @@
       DataError                   2   a dataset file, a field, a partition
       ModelError                  2   a model folder, a family, a target that matches nothing
       MethodError                 2   a method's name, its file, its options
+      ResultsError                2   results cannot be read, or do not go together
       ClusterError                3   Ray cannot give what was asked for
       ReplicaError                3   a replica cannot go on; it is replaced and its task run again
       GroupViolation              4   a private or frozen tensor was about to be sent, or a frozen one changed
@@ -38,6 +39,7 @@ __all__ = [
     "Problem",
     "QuorumError",
     "ReplicaError",
+    "ResultsError",
     "RunInterrupted",
     "StorageError",
     "UpdateError",
@@ -114,6 +116,12 @@ class ModelError(FedgraftError):
 
 class MethodError(FedgraftError):
     """A method is unknown, its file cannot be loaded, or it broke its contract."""
+
+    exit_code = 2
+
+
+class ResultsError(FedgraftError):
+    """Results cannot be read (no such run, a torn file), or those that were named do not go together."""
 
     exit_code = 2
 

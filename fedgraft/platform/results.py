@@ -21,7 +21,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from fedgraft.errors import FedgraftError
+from fedgraft.errors import FedgraftError, ResultsError
 from fedgraft.training.evaluate import is_informative
 from fedgraft.types import Weighted
 
@@ -37,6 +37,7 @@ __all__ = [
     "last_round",
     "rank",
     "read_comparison",
+    "read_json",
     "read_run",
     "round_values",
     "summary",
@@ -163,13 +164,13 @@ def read_run(folder: Path | str) -> RunResult:
             and ``ledger.jsonl``, too; what else is missing is left empty.
 
     Raises:
-        FedgraftError: A file is missing, or a line is torn: file and line are named.
+        ResultsError: A file is missing, or a line is torn: file and line are named.
     """
     folder = Path(folder)
-    info = _read_json(folder / "run.json")
+    info = read_json(folder / "run.json")
     for key in _INFO_KEYS:
         if key not in info:
-            raise FedgraftError(f"{folder / 'run.json'}: the key {key!r} is missing", "is this a fedgraft run folder?")
+            raise ResultsError(f"{folder / 'run.json'}: the key {key!r} is missing", "is this a fedgraft run folder?")
     is_done = info["status"] == "finished"
     is_trained = is_done and int(info.get("rounds") or 0) > 0
     evaluations = _read_lines(folder / "evaluations.jsonl", _EVALUATION_COLUMNS, is_needed=is_done)
@@ -188,7 +189,7 @@ def read_run(folder: Path | str) -> RunResult:
         evaluations=evaluations,
         ledger=ledger.astype({"bytes": float}),
         diagnostics=diagnostics.astype({"client_id": "Int64"}),
-        partition=_read_json(partition) if partition.exists() else {},
+        partition=read_json(partition) if partition.exists() else {},
         config=config.read_text(encoding="utf-8") if config.exists() else "",
     )
 
@@ -197,17 +198,17 @@ def read_comparison(folder: Path | str) -> ComparisonResult:
     """Read a comparison folder and the runs that it names.
 
     Raises:
-        FedgraftError: A file is missing or torn, or a label has no runs listed.
+        ResultsError: A file is missing or torn, or a label has no runs listed.
     """
     folder = Path(folder)
     path = folder / "comparison.json"
-    data = _read_json(path)
+    data = read_json(path)
     labels = tuple(str(label) for label in data.get("labels", ()))
     listed = data.get("runs", {})
     lacking = [label for label in labels if not listed.get(label)]
     if not labels or lacking:
         what = f"no runs listed for {', '.join(lacking)}" if lacking else "no labels"
-        raise FedgraftError(f"{path}: {what}", "run the comparison to its end, or resume it")
+        raise ResultsError(f"{path}: {what}", "run the comparison to its end, or resume it")
     return ComparisonResult(
         folder=folder,
         labels=labels,
@@ -233,8 +234,9 @@ def client_values(run: RunResult, task: str = "client", metric: str = "nll", spl
     personal = rows[rows["view"] == "personal"]
     rows = pd.concat([personal, rows[(rows["view"] == "global") & ~rows["round"].isin(personal["round"])]])
     rows = rows.assign(client_id=rows["client_id"].fillna(-1).astype(int), round=rows["round"].astype(int))
-    sums = rows.groupby(["round", "client_id"], as_index=False)[["total", "weight"]].sum()
-    sums["value"] = sums["total"] / sums["weight"].where(sums["weight"] != 0)
+    rows["unknown"] = rows["total"].isna().astype(int)  # a sum leaves NaN out, and would make an NLL of 0 of it
+    sums = rows.groupby(["round", "client_id"], as_index=False)[["total", "weight", "unknown"]].sum()
+    sums["value"] = sums["total"] / sums["weight"].where((sums["weight"] != 0) & (sums["unknown"] == 0))
     return sums[["round", "client_id", "value", "weight"]]
 
 
@@ -508,15 +510,20 @@ def _rounds_text(rounds: Sequence[int]) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        ResultsError: It is not there, torn, or holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FedgraftError(f"reading results: {path} does not exist", "give the folder of a run or comparison") from None
+        raise ResultsError(f"reading results: {path} does not exist", "give the folder of a run or comparison") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FedgraftError(f"reading results: {path} is not JSON: {error}", "the file is torn; resume the run") from error
+        raise ResultsError(f"reading results: {path} is not JSON: {error}", "the file is torn; resume the run") from error
     if not isinstance(value, dict):
-        raise FedgraftError(f"reading results: {path} should hold a JSON object, not {type(value).__name__}")
+        raise ResultsError(f"reading results: {path} should hold a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -524,7 +531,7 @@ def _read_lines(path: Path, columns: Sequence[str], *, is_needed: bool) -> pd.Da
     rows: list[dict[str, Any]] = []
     if not path.exists():
         if is_needed:
-            raise FedgraftError(f"reading results: {path} does not exist", "the run is not complete; resume it")
+            raise ResultsError(f"reading results: {path} does not exist", "the run is not complete; resume it")
         return pd.DataFrame(columns=list(columns))
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -532,11 +539,11 @@ def _read_lines(path: Path, columns: Sequence[str], *, is_needed: bool) -> pd.Da
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise FedgraftError(
+            raise ResultsError(
                 f"reading results: {path}, line {number} is not JSON: {error}", "the line is torn; resume the run"
             ) from error
         if not isinstance(row, dict):
-            raise FedgraftError(f"reading results: {path}, line {number} should hold a JSON object")
+            raise ResultsError(f"reading results: {path}, line {number} should hold a JSON object")
         rows.append(row)
     frame = pd.DataFrame(rows)
     return frame.reindex(columns=[*columns, *(name for name in frame.columns if name not in columns)])

@@ -58,6 +58,11 @@ class RunFolder:
         """Checkpoints of the server's state."""
         return self.path / "checkpoints"
 
+    def records(self) -> list[Path]:
+        """Files that a report or a comparison reads, to be stored elsewhere too; those that a run lacks are not there."""
+        names = ("config.yaml", "run.json", "partition.json", *(f"{record}.jsonl" for record in RECORDS))
+        return [self.path / name for name in names]
+
     def append(self, record: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to one of ``RECORDS``, all of them or none, and flush them to disk.
 

@@ -25,9 +25,22 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedgraft.errors import FedgraftError
+from fedgraft.errors import FedgraftError, ResultsError
 
-__all__ = ["Tracker", "TrackingConfig"]
+__all__ = [
+    "ARTIFACTS",
+    "DATABASE",
+    "Tracker",
+    "TrackingConfig",
+    "describe_store_error",
+    "hide_password",
+    "import_mlflow",
+    "store_errors",
+    "store_of",
+]
+
+DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+"""Of a runs folder that has no other store."""
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +111,7 @@ class Tracker:
         if not config.enabled:
             return cls(None, "", None)
         uri, artifacts = _where(config, runs_root)
-        mlflow = _import_mlflow()
+        mlflow = import_mlflow()
         hint = (
             "check tracking.uri (or MLFLOW_TRACKING_URI) and that the server runs, "
             "or switch tracking off with tracking.enabled=false"
@@ -123,8 +136,8 @@ class Tracker:
                 client.log_batch(run.info.run_id, params=entries[start : start + _MAX_PER_BATCH])
             if not is_new:
                 return cls._go_on(client, uri, run.info.run_id, all_tags)
-        except (mlflow.exceptions.MlflowException, OSError, ImportError, _sql_error()) as error:
-            raise FedgraftError(f"MLflow tracking at {_hide_password(uri)} cannot start: {_brief(error)}", hint) from error
+        except store_errors() as error:
+            raise FedgraftError(f"MLflow tracking at {hide_password(uri)} cannot start: {_brief(error)}", hint) from error
         return cls(client, uri, run.info.run_id)
 
     @classmethod
@@ -144,7 +157,7 @@ class Tracker:
     @property
     def uri(self) -> str:
         """Where the run is tracked, without a password; empty where tracking is off."""
-        return _hide_password(self._uri)
+        return hide_password(self._uri)
 
     @property
     def is_on(self) -> bool:
@@ -167,7 +180,7 @@ class Tracker:
         if len(metrics) > _MAX_METRICS:
             _log.warning("round %d: MLflow takes %d of the %d metrics", round_idx, _MAX_METRICS, len(metrics))
             metrics = dict(list(metrics.items())[:_MAX_METRICS])
-        entities = _import_mlflow().entities
+        entities = import_mlflow().entities
         stamp = int(time.time() * 1000)
         points = [
             entities.Metric(_key(name), float(value), stamp, round_idx) for name, value in metrics.items() if math.isfinite(value)
@@ -205,7 +218,7 @@ class Tracker:
             return
         try:
             call()
-        except (_import_mlflow().exceptions.MlflowException, OSError) as error:
+        except (import_mlflow().exceptions.MlflowException, OSError) as error:
             self._is_on = False
             _log.warning(
                 "MLflow tracking at %s failed and is off for the rest of this run; the run goes on, and its folder has "
@@ -215,7 +228,34 @@ class Tracker:
             )
 
 
-def _import_mlflow() -> Any:
+def store_of(uri: str | None) -> str:
+    """Give the store that is meant: ``uri``, else ``MLFLOW_TRACKING_URI``, else the database under ``runs``.
+
+    Raises:
+        ResultsError: There is none of them.
+    """
+    found = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if found:
+        return found
+    path = Path("runs").resolve() / DATABASE
+    if not path.is_file():
+        raise ResultsError(
+            f"no MLflow store: neither an address, nor MLFLOW_TRACKING_URI, nor {path}", "name the store, or run fedgraft first"
+        )
+    return f"sqlite:///{path}"
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """Give what MLflow raises when its store cannot be used."""
+    return (import_mlflow().exceptions.MlflowException, OSError, ImportError, _sql_error())
+
+
+def describe_store_error(uri: str, error: Exception) -> str:
+    """Say in one line which store failed and why, without a password."""
+    return f"{hide_password(uri)}: {_brief(error)}"
+
+
+def import_mlflow() -> Any:
     """Import MLflow at first use: 1.1 s on top of torch and pandas, which no command should pay that does not track.
 
     It is also the only way to set the variables below before MLflow reads them. A user's own settings win.
@@ -250,12 +290,12 @@ def _where(config: TrackingConfig, runs_root: Path) -> tuple[str, str | None]:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FedgraftError(f"MLflow tracking cannot make the runs folder {root}: {error}") from error
-    return f"sqlite:///{root / 'mlflow.db'}", (root / "mlartifacts").as_uri()
+    return f"sqlite:///{root / DATABASE}", (root / ARTIFACTS).as_uri()
 
 
 def _experiment_id(client: Any, name: str, artifacts: str | None) -> str:
     """Find the experiment or make it; two runs that start together may both try."""
-    exceptions = _import_mlflow().exceptions
+    exceptions = import_mlflow().exceptions
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
@@ -305,10 +345,11 @@ def _value(value: object) -> str:
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - len(note)] + note
 
 
-def _hide_password(uri: str) -> str:
+def hide_password(uri: str) -> str:
+    """Give a URI that can be shown."""
     return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", uri)
 
 
 def _brief(error: Exception) -> str:
     first = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {_hide_password(first[0])[:300]}"
+    return f"{type(error).__name__}: {hide_password(first[0])[:300]}"

@@ -52,7 +52,8 @@ from fedgraft.platform.report import write_report
 from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison
 from fedgraft.platform.rounds import RoundLoop, RunJob
 from fedgraft.platform.run_folder import RunFolder, write_json
-from fedgraft.platform.run_record import begin_record, describe_model, package_versions
+from fedgraft.platform.run_record import begin_record, describe_model
+from fedgraft.platform.run_tags import run_params, run_tags
 from fedgraft.platform.storage import is_disk_full, storage_error, written_whole
 from fedgraft.platform.tracking import Tracker, TrackingConfig
 from fedgraft.platform.worker import WorkerSpec
@@ -204,7 +205,7 @@ class _Execution:
             self._emit("plan", total_rounds=self._total_rounds())
             self._stage(f"starting {pool.size} replica{'s' if pool.size != 1 else ''}")
             parent = self._tracker(
-                config.name, {"config": config.model_dump(mode="json")}, self._folder, known=self._mlflow_run_id
+                config.name, run_params(config), run_tags(config, "experiment", self._folder), known=self._mlflow_run_id
             )
             self._mlflow_run_id = parent.run_id
             self._write_comparison("running")
@@ -365,16 +366,13 @@ class _Execution:
         if reference is not None:
             job = replace(job, start=reference.start)
         self._begin_record(job, method, seed)
-        params = {
-            "method": method.model_dump(mode="json"),
-            "seed": seed,
-            "learning_rate": rate,
-            "federation": self._config.federation.model_dump(mode="json"),
-            "data": self._config.data.model_dump(mode="json"),
-            "model": self._config.model.model_dump(mode="json"),
-            "versions": package_versions(),
-        }
-        tracker = self._tracker(f"{label}/seed-{seed}", params, folder, known=known.get("mlflow_run_id"), parent=parent.run_id)
+        tracker = self._tracker(
+            f"{label}/seed-{seed}",
+            run_params(self._config, method=method, seed=seed, rate=rate),
+            run_tags(self._config, "run", folder, label=label, method=method, seed=seed),
+            known=known.get("mlflow_run_id"),
+            parent=parent.run_id,
+        )
         RunFolder(folder).write_info(mlflow_run_id=tracker.run_id)
         try:
             self._loop(job, pool, tracker).run()
@@ -387,9 +385,7 @@ class _Execution:
             raise
         seconds = float(known.get("seconds", 0.0)) + time.time() - started
         RunFolder(folder).write_info(status="finished", seconds=seconds, error=None)
-        tracker.finish(
-            "finished", [folder / "config.yaml", folder / "run.json", folder / "metrics.jsonl", folder / "evaluations.jsonl"]
-        )
+        tracker.finish("finished", RunFolder(folder).records())
         self._write_comparison("running")
         self._emit("run_finished", label, folder=str(folder), seconds=seconds)
 
@@ -492,7 +488,13 @@ class _Execution:
         )
 
     def _tracker(
-        self, name: str, params: Mapping[str, object], folder: Path, *, known: str | None, parent: str | None = None
+        self,
+        name: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        *,
+        known: str | None,
+        parent: str | None = None,
     ) -> Tracker:
         """Start an MLflow run, or go on with the one that the folder remembers."""
         return Tracker.start(
@@ -500,7 +502,7 @@ class _Execution:
             self._config.output.folder.resolve(),
             name,
             params,
-            {"fedgraft.folder": str(folder)},
+            tags,
             parent_run_id=parent,
             run_id=known,
         )

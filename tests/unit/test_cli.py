@@ -211,23 +211,23 @@ def test_doctor_fails_where_a_check_does(monkeypatch: pytest.MonkeyPatch, status
 def test_report_says_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
 
-    def rewrite(folders: list[Path], path: Path | None) -> Path:
-        seen.append((folders, path))
+    def rewrite(folder: Path, path: Path | None) -> Path:
+        seen.append((folder, path))
         return tmp_path / "report.html"
 
     monkeypatch.setattr("fedgraft.platform.reporting.rewrite_report", rewrite)
-    result = RUNNER.invoke(app, ["report", "a", "b", "-o", "c.html"])
+    result = RUNNER.invoke(app, ["report", "a", "-o", "c.html"])
     assert result.exit_code == 0
     assert result.stdout.strip() == str(tmp_path / "report.html")
-    assert seen == [([Path("a"), Path("b")], Path("c.html"))]
+    assert seen == [(Path("a"), Path("c.html"))]
 
 
 def test_report_of_a_folder_without_a_run_is_an_error_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "quickstart-1").mkdir()
     (tmp_path / "quickstart-1" / "comparison.json").write_text("{}")
     result = RUNNER.invoke(app, ["report", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "holds neither run.json nor comparison.json" in result.stderr
+    assert result.exit_code == 2
+    assert "holds neither sweep.json, comparison.json nor run.json" in result.stderr
     assert "quickstart-1" in result.stderr
 
 

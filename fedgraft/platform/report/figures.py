@@ -1,86 +1,48 @@
-"""The report's figures: matplotlib through its object interface, given back as SVG text for an HTML page.
-
-Colours are CSS variables of the page (``--ink``, ``--m0``, ...), so figures follow its light and dark scheme. Matplotlib
-cannot write those, so each is drawn as a stand-in colour that no palette has, and replaced in the text. Text stays text.
-Two calls with the same data give the same bytes.
-"""
+"""The figures of a run's report, given back as SVG text for an HTML page; ``style`` says how they look."""
 
 from __future__ import annotations
 
 import functools
-import io
-import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import ParamSpec
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
+from fedgraft.platform.report.style import (
+    MARKERS,
+    PAGE,
+    SEQUENTIAL,
+    colour_bar,
+    new_figure,
+    page_svg,
+    plain,
+    readable_bytes,
+    short,
+    spread_out,
+)
+
 __all__ = [
-    "NUM_COLOURS",
     "Curve",
     "bubbles",
     "byte_bars",
     "client_dots",
-    "colour_of",
     "curves",
     "heatmap",
     "layer_dots",
-    "readable_bytes",
     "scatter",
     "usage_maps",
 ]
 
 _P = ParamSpec("_P")
 
-NUM_COLOURS = 8
-"""Method colours of the page's style sheet: ``--m0`` is the base model's grey, ``--m1`` to ``--m7`` are for methods."""
-
-_INK, _MUTED, _GRID, _PAPER = "#010203", "#010204", "#010205", "#010206"
-_METHODS = tuple(f"#0203{idx:02x}" for idx in range(NUM_COLOURS))
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid", _PAPER: "--paper"} | {
-    colour: f"--m{idx}" for idx, colour in enumerate(_METHODS)
-}
-_MARKERS = ("s", "o", "D", "^", "v", "P", "X", "h")
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedgraft",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.0,
-    "text.color": _INK,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
-    "axes.titlecolor": _INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.0,
-    "axes.titlepad": 8.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.major.size": 0.0,
-    "ytick.major.size": 0.0,
-    "axes.unicode_minus": False,
-}
-_SEQUENTIAL = LinearSegmentedColormap.from_list("fedgraft", ["#f3f0e6", "#a9cfd0", "#4a90a8", "#1f5078", "#142447"])
-_WIDTH = 5.6  # inches: 403 points, so that text stays readable when a phone scales the figure to its width
+_WIDTH = PAGE.narrow
+_INK, _MUTED, _GRID, _PAPER, _METHODS = PAGE.ink, PAGE.muted, PAGE.grid, PAGE.paper, PAGE.methods
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,27 +56,12 @@ class Curve:
     spread: Sequence[float] | None = None
 
 
-def colour_of(index: int, *, is_base: bool = False) -> int:
-    """Give the colour index of the method at ``index`` in the comparison's order; past seven methods they repeat."""
-    return 0 if is_base else 1 + index % (NUM_COLOURS - 1)
-
-
-def readable_bytes(count: float) -> str:
-    """Write a number of bytes with a unit: ``1.5 MiB``."""
-    size, units = float(count), ("B", "KiB", "MiB", "GiB", "TiB")
-    for unit in units:
-        if size < 1024 or unit == units[-1]:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
-        size /= 1024
-    raise AssertionError("unreachable")
-
-
 def _styled(draw: Callable[_P, str]) -> Callable[_P, str]:
     """Draw with the style above: matplotlib reads its settings when each part of a figure is made."""
 
     @functools.wraps(draw)
     def styled(*args: _P.args, **kwargs: _P.kwargs) -> str:
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(PAGE.settings()):
             return draw(*args, **kwargs)
 
     return styled
@@ -132,12 +79,12 @@ def curves(key: str, alt: str, lines: Sequence[Curve], *, title: str, xlabel: st
         xlabel: Under the x axis.
         level: A dashed line across, such as the base model; its first y counts.
     """
-    figure, axes = _figure(_WIDTH, 3.2)
+    figure, axes = new_figure(_WIDTH, 3.2)
     ends: list[tuple[float, str, int]] = []
     for line in lines:
         colour = _METHODS[line.colour]
         x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-        marker = _MARKERS[line.colour] if len(x) <= 30 else ""
+        marker = MARKERS[line.colour] if len(x) <= 30 else ""
         axes.plot(x, y, color=colour, lw=1.8, marker=marker, ms=4, mec=_PAPER, mew=0.6, zorder=3)
         if line.spread is not None:
             band = np.nan_to_num(np.asarray(line.spread, float))
@@ -152,7 +99,7 @@ def curves(key: str, alt: str, lines: Sequence[Curve], *, title: str, xlabel: st
     axes.grid(axis="x", visible=False)
     axes.margins(x=0.02)
     _name_ends(axes, max(float(line.x[-1]) for line in lines), ends)
-    return _svg(figure, key, alt)
+    return page_svg(figure, key, alt)
 
 
 @_styled
@@ -168,7 +115,7 @@ def client_dots(
         values: By label: colour and one value a client, NaN where there is none.
         title: Says what the x axis is.
     """
-    figure, axes = _figure(_WIDTH * 1.9, 1.1 + 0.3 * len(clients))
+    figure, axes = new_figure(_WIDTH * 1.9, 1.1 + 0.3 * len(clients))
     rows = np.arange(len(clients))
     table = np.array([value for _, value in values.values()], float)
     for row in rows:
@@ -177,24 +124,24 @@ def client_dots(
             axes.plot([present.min(), present.max()], [row, row], color=_GRID, lw=3, solid_capstyle="round", zorder=1)
     for label, (colour, numbers) in values.items():
         axes.plot(
-            numbers, rows, ls="", marker=_MARKERS[colour], ms=8, color=_METHODS[colour], mec=_PAPER, mew=0.8,
-            label=_plain(label), zorder=3,
+            numbers, rows, ls="", marker=MARKERS[colour], ms=8, color=_METHODS[colour], mec=_PAPER, mew=0.8,
+            label=plain(label), zorder=3,
         )  # fmt: skip
-    axes.set_yticks(rows, [_short(name, 24) for name in clients], color=_INK)
+    axes.set_yticks(rows, [short(name, 24) for name in clients], color=_INK)
     axes.set_ylim(len(clients) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_title(title)
     if len(values) > 1:
         figure.legend(loc="outside lower left", ncols=min(6, len(values)), frameon=False, handletextpad=0.2, columnspacing=1.2)
-    return _svg(figure, key, alt)
+    return page_svg(figure, key, alt)
 
 
 @_styled
 def scatter(key: str, alt: str, points: Mapping[str, tuple[int, float, float]], *, xlabel: str, ylabel: str, title: str) -> str:
     """Draw named points: by label, colour, x and y."""
-    figure, axes = _figure(_WIDTH, 3.6)
+    figure, axes = new_figure(_WIDTH, 3.6)
     for colour, x, y in points.values():
-        axes.plot([x], [y], ls="", marker=_MARKERS[colour], ms=9, color=_METHODS[colour], mec=_PAPER, mew=1, zorder=3)
+        axes.plot([x], [y], ls="", marker=MARKERS[colour], ms=9, color=_METHODS[colour], mec=_PAPER, mew=1, zorder=3)
     axes.margins(x=0.12, y=0.15)
     axes.set_title(title)
     axes.set_xlabel(xlabel)
@@ -203,16 +150,16 @@ def scatter(key: str, alt: str, points: Mapping[str, tuple[int, float, float]], 
     for label, (colour, x, y), shift in _apart(axes, points):
         is_left = x > middle
         axes.annotate(
-            _plain(label), (x, y), xytext=(-9 if is_left else 9, shift), textcoords="offset points", va="center",
+            plain(label), (x, y), xytext=(-9 if is_left else 9, shift), textcoords="offset points", va="center",
             ha="right" if is_left else "left", color=_METHODS[colour], weight="bold", size=8.5, zorder=4,
         )  # fmt: skip
-    return _svg(figure, key, alt)
+    return page_svg(figure, key, alt)
 
 
 @_styled
 def byte_bars(key: str, alt: str, traffic: Mapping[str, tuple[int, float, float]], *, title: str) -> str:
     """Draw bytes up and down on a log scale: by label, colour, up and down."""
-    figure, axes = _figure(_WIDTH, 1.1 + 0.55 * len(traffic))
+    figure, axes = new_figure(_WIDTH, 1.1 + 0.55 * len(traffic))
     numbers = [value for _, up, down in traffic.values() for value in (up, down) if value > 0]
     low, high = min(numbers), max(numbers)
     for row, (colour, up, down) in enumerate(traffic.values()):
@@ -238,11 +185,11 @@ def byte_bars(key: str, alt: str, traffic: Mapping[str, tuple[int, float, float]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: readable_bytes(value)))
-    axes.set_yticks(range(len(traffic)), [_short(label, 24) for label in traffic], color=_INK)
+    axes.set_yticks(range(len(traffic)), [short(label, 24) for label in traffic], color=_INK)
     axes.set_ylim(len(traffic) - 0.45, -0.55)
     axes.grid(axis="y", visible=False)
     axes.set_title(title)
-    return _svg(figure, key, alt)
+    return page_svg(figure, key, alt)
 
 
 @_styled
@@ -272,11 +219,11 @@ def heatmap(
         bar: Says what the colour is.
     """
     width = max(_WIDTH, min(11.6, 2.0 + 0.5 * len(columns)))
-    figure, axes = _figure(width, 1.5 + 0.3 * len(rows))
+    figure, axes = new_figure(width, 1.5 + 0.3 * len(rows))
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     high = high if high > low else low + 1.0
-    mesh = axes.pcolormesh(values, cmap=_SEQUENTIAL, vmin=low, vmax=high, edgecolor=_PAPER, lw=1.2)
+    mesh = axes.pcolormesh(values, cmap=SEQUENTIAL, vmin=low, vmax=high, edgecolor=_PAPER, lw=1.2)
     for row, line in enumerate(texts):
         for column, text in enumerate(line):
             value = values[row, column]
@@ -285,14 +232,14 @@ def heatmap(
                 colour = "#ffffff" if is_dark else "#16202b"
                 axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, size=8)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, [_short(name, 24) for name in rows], color=_INK)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [short(name, 24) for name in rows], color=_INK)
     axes.set_ylim(len(rows), 0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(xlabel)
     axes.set_title(title)
-    _colour_bar(figure, mesh, axes, bar)
-    return _svg(figure, key, alt)
+    colour_bar(figure, mesh, axes, bar)
+    return page_svg(figure, key, alt)
 
 
 @_styled
@@ -307,7 +254,7 @@ def layer_dots(
     title: str,
 ) -> str:
     """Draw a value a layer on clients' own text (filled) and, joined with it, on general text (hollow) where there is any."""
-    figure, axes = _figure(_WIDTH, 2.9)
+    figure, axes = new_figure(_WIDTH, 2.9)
     x = np.arange(len(layers))
     main = _METHODS[colour]
     axes.plot(x, own, ls="", marker="o", ms=6.5, color=main, label="clients' own text", zorder=3)
@@ -322,7 +269,7 @@ def layer_dots(
     axes.grid(axis="x", visible=False)
     axes.set_title(title)
     figure.legend(loc="outside lower left", ncols=2, frameon=False, handletextpad=0.2)
-    return _svg(figure, key, alt)
+    return page_svg(figure, key, alt)
 
 
 @_styled
@@ -347,7 +294,7 @@ def usage_maps(
     panels = np.atleast_1d(figure.subplots(1, len(maps), sharey=True))
     high = max(2.0, *(float(np.nanmax(values)) for _, values in maps))
     for axes, (name, values) in zip(panels, maps, strict=True):
-        image = axes.imshow(values, cmap=_SEQUENTIAL, vmin=0, vmax=high, aspect="auto", interpolation="none")
+        image = axes.imshow(values, cmap=SEQUENTIAL, vmin=0, vmax=high, aspect="auto", interpolation="none")
         axes.set_title(name, color=_MUTED, size=9)
         axes.set_xlabel("expert")
         axes.grid(visible=False)
@@ -355,10 +302,10 @@ def usage_maps(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         step = max(1, len(layers) // 12)
         axes.set_yticks(np.arange(len(layers))[::step], [str(layer) for layer in layers[::step]])
-    figure.suptitle(_short(title, 60), x=0.02, ha="left", size=10)
+    figure.suptitle(short(title, 60), x=0.02, ha="left", size=10)
     panels[0].set_ylabel("layer")
-    _colour_bar(figure, image, list(panels), "x even share")
-    return _svg(figure, key, alt)
+    colour_bar(figure, image, list(panels), "x even share")
+    return page_svg(figure, key, alt)
 
 
 @_styled
@@ -372,40 +319,27 @@ def bubbles(
     title: str,
 ) -> str:
     """Draw a circle for each row and column whose area goes with the count, which is written beside it."""
-    longest = max(len(_short(name, 18)) for name in columns)
+    longest = max(len(short(name, 18)) for name in columns)
     is_turned = longest * len(columns) > 52
     width = _WIDTH if len(columns) <= 8 else min(11.6, 2.4 + 0.5 * len(columns))
-    figure, axes = _figure(width, 1.1 + 0.42 * len(rows) + (0.055 * longest if is_turned else 0))
+    figure, axes = new_figure(width, 1.1 + 0.42 * len(rows) + (0.055 * longest if is_turned else 0))
     biggest = max(float(counts.max()), 1.0)
     y, x = np.nonzero(counts)
     axes.scatter(x, y, s=380 * counts[y, x] / biggest, color=_METHODS[1], alpha=0.45, lw=0, zorder=2)
     for row, column in zip(y, x, strict=True):
         axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", size=7.5, zorder=3)
     axes.set_xticks(
-        range(len(columns)), [_short(name, 18) for name in columns],
+        range(len(columns)), [short(name, 18) for name in columns],
         rotation=40 if is_turned else 0, ha="right" if is_turned else "center", rotation_mode="anchor" if is_turned else None,
     )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [_short(name, 24) for name in rows], color=_INK)
+    axes.set_yticks(range(len(rows)), [short(name, 24) for name in rows], color=_INK)
     axes.set_xlim(-0.6, len(columns) - 0.4)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.spines[:].set_visible(False)
     axes.grid(visible=False)
     axes.hlines(np.arange(len(rows)) + 0.5, -0.6, len(columns) - 0.4, color=_GRID, lw=0.7, zorder=1)
     axes.set_title(title)
-    return _svg(figure, key, alt)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _colour_bar(figure: Figure, image: ScalarMappable, axes: Axes | list[Axes], label: str) -> None:
-    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=18, shrink=0.9)
-    bar.outline.set_visible(False)
-    bar.set_label(label)
-    bar.ax.grid(visible=False)
-    bar.locator = MaxNLocator(nbins=4)
+    return page_svg(figure, key, alt)
 
 
 def _name_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, int]]) -> None:
@@ -413,10 +347,10 @@ def _name_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, int]]) -> 
     low, high = axes.get_ylim()
     gap = (high - low) * 0.075
     ordered = sorted(ends)
-    heights = _spread([end[0] for end in ordered], gap)
+    heights = spread_out([end[0] for end in ordered], gap)
     for (y, label, colour), height in zip(ordered, heights, strict=True):
         axes.annotate(
-            _plain(_short(label, 22)), (x, y), xytext=(x, height), textcoords=_right_of(axes), va="center",
+            plain(short(label, 22)), (x, y), xytext=(x, height), textcoords=_right_of(axes), va="center",
             color=_METHODS[colour], weight="bold", size=8.5, annotation_clip=False,
         )  # fmt: skip
     axes.set_ylim(min(low, heights[0] - gap / 2), max(high, heights[-1] + gap / 2))
@@ -427,59 +361,11 @@ def _right_of(axes: Axes) -> Transform:
     return axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
 
 
-def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights apart to at least ``gap``, keeping each group centred on where it was."""
-    groups: list[tuple[float, int]] = []  # centre, members
-    for height in heights:
-        centre, count = height, 1
-        while groups and centre - groups[-1][0] < gap * (count + groups[-1][1]) / 2:
-            other, members = groups.pop()
-            centre = (centre * count + other * members) / (count + members)
-            count += members
-        groups.append((centre, count))
-    return [centre + gap * (place - (count - 1) / 2) for centre, count in groups for place in range(count)]
-
-
 def _apart(axes: Axes, points: Mapping[str, tuple[int, float, float]]) -> Iterator[tuple[str, tuple[int, float, float], float]]:
     """Give each point with the points of height by which its name has to move."""
     low, high = axes.get_ylim()
     per_unit = 190 / (high - low)
     ordered = sorted(points.items(), key=lambda item: item[1][2])
-    heights = _spread([point[2] * per_unit for _, point in ordered], 12.0)
+    heights = spread_out([point[2] * per_unit for _, point in ordered], 12.0)
     for (label, point), height in zip(ordered, heights, strict=True):
         yield label, point, height - point[2] * per_unit
-
-
-def _short(text: str, limit: int) -> str:
-    text = " ".join(text.split())
-    return _plain(text if len(text) <= limit else f"{text[: limit - 3]}...")
-
-
-def _plain(text: str) -> str:
-    """Keep matplotlib from reading ``$`` as mathematics and a leading ``_`` as "not in the legend"."""
-    text = text.replace("\\$", "$").replace("$", "\\$")
-    return f"\u200b{text}" if text.startswith("_") else text
-
-
-def _svg(figure: Figure, key: str, alt: str) -> str:
-    """Write the figure: ids made the page's own, stand-in colours made CSS variables, size left to the page."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        # A name in a script that the measuring font lacks; the browser has a font for it.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
-    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{key}-{found[1]}"' if found[1] in used else "", text)
-    text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{key}-", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    head = text[: text.index(">")]
-    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
-    assert box is not None
-    label = escape(alt, quote=True)
-    start = f'<svg viewBox="0 0 {box[1]} {box[2]}" role="img" aria-label="{label}" style="--natural:{float(box[1]):.0f}"'
-    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return re.sub(r"\n\s*", "\n", f"{start} {names}{text[len(head) :]}")

@@ -19,6 +19,7 @@ from fedgraft.platform.report.parts import (
     lines,
     rounds_text,
 )
+from fedgraft.platform.report.style import readable_bytes
 from fedgraft.platform.results import (
     QUANTITIES,
     ComparisonResult,
@@ -213,7 +214,7 @@ def _cost_section(subject: Subject) -> Section:
         label = str(name)
         rate = "-" if pd.isna(row["learning_rate"]) else f"{row['learning_rate']:.3g}"
         found = groups.get(label, {})
-        amounts = [figures.readable_bytes(found[kind]) if kind in found else "-" for kind in kinds]
+        amounts = [readable_bytes(found[kind]) if kind in found else "-" for kind in kinds]
         texts = [duration_text(row["seconds"]), rate, *amounts]
         head = Cell(text=label, colour=subject.colours[label])
         rows.append((head, *(Cell(text=text, is_number=True) for text in texts)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from markupsafe import Markup
 
 from fedgraft.errors import FedgraftError
 from fedgraft.platform.budgets import distribution_text
-from fedgraft.platform.report import figures
 from fedgraft.platform.report.inside import INSIDE_SECTIONS
 from fedgraft.platform.report.outcome import OUTCOME_SECTIONS
-from fedgraft.platform.report.parts import Subject, count_text
+from fedgraft.platform.report.parts import Section, Subject, count_text
+from fedgraft.platform.report.style import colour_of
 from fedgraft.platform.results import (
     ComparisonResult,
     RunResult,
@@ -26,7 +28,7 @@ from fedgraft.platform.results import (
     summary,
 )
 
-__all__ = ["write_report"]
+__all__ = ["Page", "write_file", "write_report"]
 
 
 def write_report(result: RunResult | ComparisonResult, path: Path | str) -> Path:
@@ -45,21 +47,47 @@ def write_report(result: RunResult | ComparisonResult, path: Path | str) -> Path
     path = Path(path)
     subject = _subject(result)
     built = [build(subject) for build in (*OUTCOME_SECTIONS, *INSIDE_SECTIONS)]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    package = resources.files("fedgraft.platform.report")
-    page = environment.from_string((package / "report.html.j2").read_text(encoding="utf-8")).render(
+    page = Page(
         title=_title(subject),
         facts=_facts(subject),
         verdict=_verdict(subject),
         sections=[section for section in built if section is not None],
-        legend=list(subject.colours.items()),
-        style=Markup((package / "report.css").read_text(encoding="utf-8")),
         config=subject.first.config,
+    )
+    return write_file(page, path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Page:
+    """What stands on a report's page: title, facts as name and value, the outcome in sentences, sections, a configuration."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    verdict: Sequence[str]
+    sections: Sequence[Section]
+    config: str = ""
+
+
+def write_file(page: Page, path: Path) -> Path:
+    """Write a page as one HTML file that loads nothing from anywhere.
+
+    Raises:
+        FedgraftError: The file cannot be written.
+    """
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    package = resources.files("fedgraft.platform.report")
+    text = environment.from_string((package / "report.html.j2").read_text(encoding="utf-8")).render(
+        title=page.title,
+        facts=page.facts,
+        verdict=page.verdict,
+        sections=page.sections,
+        style=Markup((package / "report.css").read_text(encoding="utf-8")),
+        config=page.config,
     )
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise FedgraftError(f"writing the report {path}: {error}", "give a path that can be written") from error
@@ -75,7 +103,7 @@ def _subject(result: RunResult | ComparisonResult) -> Subject:
         runs = {label: result.runs[label] for label in result.labels}
         base = result.base
     others = [label for label in runs if label != base]
-    colours = {label: figures.colour_of(others.index(label) if label != base else 0, is_base=label == base) for label in runs}
+    colours = {label: colour_of(others.index(label) if label != base else 0, is_base=label == base) for label in runs}
     trained = {label: runs[label] for label in others}
     return Subject(result=result, runs=runs, colours=colours, base=base, table=summary(result), trained=trained)
 

@@ -40,13 +40,17 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Rows of cells. Columns are title and hint; a folded table is opened by a click, a small one stands by a figure."""
+    """Rows of cells. Columns are title and hint; a folded table is opened by a click, a small one stands by a figure.
+
+    A table of more than twelve rows is folded, too, unless it is meant to be long.
+    """
 
     caption: str
     columns: tuple[tuple[str, str], ...]
     rows: tuple[tuple[Cell, ...], ...]
     is_folded: bool = False
     is_small: bool = False
+    is_long: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ import pytest
 
 from fedgraft.errors import FedgraftError
 from fedgraft.platform import results
-from fedgraft.platform.report import figures, write_report
+from fedgraft.platform.report import style, write_report
 
 CLIENTS, EXPERTS, LAYERS, ROUNDS = 8, 64, list(range(16)), 4
 NAMES = [
@@ -269,7 +269,7 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(comparison: results.Com
     ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1010 * 1024, "1010 KiB"), (3 * 2**40, "3 TiB")]
 )
 def test_bytes_are_written_with_a_unit(count: int, text: str) -> None:
-    assert figures.readable_bytes(count) == text
+    assert style.readable_bytes(count) == text
 
 
 @pytest.mark.slow
