@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from fedgraft.protocols import Method, MethodConfig
     from fedgraft.registry import METHODS
     from fedgraft.tuning.experiment import run
+    from fedgraft.tuning.sweep import SweepResult, sweep
+    from fedgraft.tuning.sweep_loading import load_sweep
+    from fedgraft.tuning.sweep_plan import plan_sweep
 
 __all__ = [
     "METHODS",
@@ -47,6 +50,7 @@ __all__ = [
     "PretrainOutcome",
     "RunConfig",
     "RunResult",
+    "SweepResult",
     "Verification",
     "compare",
     "examine",
@@ -54,12 +58,15 @@ __all__ = [
     "load_config",
     "load_export",
     "load_pretrain_config",
+    "load_sweep",
     "make_plan",
     "methods",
+    "plan_sweep",
     "pretrain_model",
     "read_comparison",
     "read_run",
     "run",
+    "sweep",
     "verify",
 ]
 
@@ -76,6 +83,7 @@ _HOMES = {
     "PretrainOutcome": "fedgraft.platform.pretraining.command",
     "RunConfig": "fedgraft.platform.config",
     "RunResult": "fedgraft.platform.results",
+    "SweepResult": "fedgraft.tuning.sweep",
     "Verification": "fedgraft.platform.verify",
     "compare": "fedgraft.platform.comparison",
     "examine": "fedgraft.platform.doctor",
@@ -83,12 +91,15 @@ _HOMES = {
     "load_config": "fedgraft.platform.loading",
     "load_export": "fedgraft.moe.export",
     "load_pretrain_config": "fedgraft.platform.pretraining.loading",
+    "load_sweep": "fedgraft.tuning.sweep_loading",
     "make_plan": "fedgraft.platform.plan",
     "methods": "fedgraft.platform.catalogue",
+    "plan_sweep": "fedgraft.tuning.sweep_plan",
     "pretrain_model": "fedgraft.platform.pretraining.command",
     "read_comparison": "fedgraft.platform.results",
     "read_run": "fedgraft.platform.results",
     "run": "fedgraft.tuning.experiment",
+    "sweep": "fedgraft.tuning.sweep",
     "verify": "fedgraft.platform.verify",
 }
 

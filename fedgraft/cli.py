@@ -98,6 +98,52 @@ def run(
 
 
 @app.command()
+def sweep(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SWEEP] [KEY=VALUE]...",
+            help="A YAML file with a base and a space, then options of it to replace, such as base.federation.rounds=3 or "
+            "search.num_points=4. Relative paths, those in the file too, are relative to the current directory.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show points, trials, rounds, resources and the time they need; run nothing.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="SWEEP_FOLDER", help="Go on with a sweep that was stopped or killed, in its folder."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show failures, notes and the result only.")] = False,
+) -> None:
+    """Run a configuration at many points of a space, with Ray Tune."""
+    source, overrides = _split(arguments or [])
+    if resume is not None and (arguments or dry_run):
+        raise typer.BadParameter("a resumed sweep keeps its configuration: give --resume FOLDER alone", param_hint="--resume")
+    if resume is None and source is None:
+        raise typer.BadParameter(
+            "name the file of a sweep, such as examples/sweep_small.yaml, or --resume FOLDER", param_hint="SWEEP"
+        )
+    output = Console()
+    with _errors():
+        from fedgraft.platform.progress import make_display
+        from fedgraft.tuning.sweep_view import sweep_tables
+
+        config = None
+        if source is not None:
+            config = fedgraft.load_sweep(source, overrides)
+            if dry_run:
+                plan = fedgraft.plan_sweep(config)
+                _show(plan, output)
+                plan.require_fit()
+                return
+        with make_display(output, quiet) as display:
+            result = fedgraft.sweep(config, resume=resume, on_event=display)
+        for table in sweep_tables(result):
+            _show(table, output)
+
+
+@app.command()
 def pretrain(
     arguments: Annotated[
         list[str] | None,

@@ -35,6 +35,7 @@ class PoolOptions:
     ``rank_grace_s``: how long the other ranks of a call may take after the first one has ended it. ``heartbeat_timeout_s``: how
     long a rank may give no sign of life while it works; a quarter of it is spent between two signs, so a rank that cannot answer
     for three quarters of it (a long call in C that holds Python's lock, a busy machine) is never taken for a frozen one.
+    ``in_group``: every rank takes a bundle of the placement group that the caller is in, instead of what is free on the cluster.
     """
 
     replicas: int
@@ -46,6 +47,7 @@ class PoolOptions:
     start_timeout_s: float = 300.0
     rank_grace_s: float = 60.0
     heartbeat_timeout_s: float = 60.0
+    in_group: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,12 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError
 from ray.util import get_placement_group
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    get_current_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedgraft.actors.hosting import LostShared, PoolOptions
@@ -92,7 +97,7 @@ class Rank:
 
 
 class Replica:
-    """The actors of one replica, leader first."""
+    """The actors of one replica, leader first; ``group`` is the placement group that ends with it, if it has one of its own."""
 
     def __init__(self, actors: list[Any], group: Any = None) -> None:
         self._actors = actors
@@ -155,14 +160,15 @@ def start_replicas(
     Raises:
         ClusterError: No place for all ranks of a replica together was found in ``executor.start_timeout_s``.
     """
+    outer = _outer_group(options)
     if options.ranks == 1:
-        return [Replica([_actor(options)]) for _ in range(count)]
+        return [Replica([_actor(options, outer)]) for _ in range(count)]
     deadline = time.monotonic() + options.start_timeout_s
     gpus = options.gpus_per_replica / options.ranks
     bundle = {"CPU": float(options.threads)} | ({"GPU": gpus} if gpus else {})
-    names = [f"{_group_prefix(owner)}{uuid.uuid4().hex}" for _ in range(count)]
+    names = [f"{_group_prefix(owner)}{uuid.uuid4().hex}" for _ in range(0 if outer else count)]
     groups = [placement_group([bundle] * options.ranks, strategy="PACK", name=name) for name in names]
-    replicas: list[Replica] = []
+    replicas = [Replica([_actor(options, outer) for _ in range(options.ranks)]) for _ in range(count if outer else 0)]
     try:
         for group in groups:
             if not _found_place(group, deadline, is_hopeless):
@@ -178,7 +184,7 @@ def start_replicas(
     except (ClusterError, RayError) as error:
         for replica in replicas:
             replica.kill()
-        for group in groups[len(replicas) :]:
+        for group in groups[len(replicas) :]:  # none where the outer group is used
             remove_placement_group(group)
         if isinstance(error, ClusterError):
             raise
@@ -212,7 +218,18 @@ def _found_place(group: Any, deadline: float, is_hopeless: Callable[[], bool]) -
     return True
 
 
-def _actor(options: PoolOptions, group: Any = None, rank: int = 0) -> Any:
+def _outer_group(options: PoolOptions) -> Any:
+    """The placement group that the caller is in, where its replicas are to take their places from it."""
+    if not options.in_group:
+        return None
+    group = get_current_placement_group()
+    if group is None:
+        raise ClusterError("the replicas are to use a placement group, and there is none here", "this is a bug in fedgraft")
+    return group
+
+
+def _actor(options: PoolOptions, group: Any = None, rank: int = -1) -> Any:
+    """Start a rank: in one bundle of a group (-1: any that is free), or wherever there is room."""
     threads = str(options.threads)
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     place: dict[str, Any] = {}

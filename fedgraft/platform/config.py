@@ -104,6 +104,9 @@ class EvaluationConfig(_Frozen):
     choices: Literal["never", "end", "always"] = Field("end", description="When multiple choice is asked.")
     batch_size: int = Field(32, ge=1, le=4096, description="Examples of an evaluation batch.")
     global_view: bool = Field(True, description="Judge the global model beside the personal ones, where they differ.")
+    validation: bool = Field(
+        False, description="Also judge on the clients' validation examples; the trials of a sweep are chosen by these."
+    )
 
 
 class ExecutorConfig(_Frozen):

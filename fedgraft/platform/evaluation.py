@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from fedgraft.actors.hosting import Pool
 from fedgraft.errors import FedgraftError
@@ -22,6 +22,8 @@ from fedgraft.types import (
 )
 
 __all__ = ["Evaluator", "Found"]
+
+Split: TypeAlias = Literal["validation", "test"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +72,7 @@ class Evaluator:
         self._keys = frozenset(groups)
         self._has_private = method.is_personal(groups)
         self._has_shared = any(group.is_sent for group in groups.values())
+        self._split: Split = "validation" if is_search else "test"
 
     def judge(self, state: ServerState, versions: Mapping[int, int], round_idx: int, *, is_last: bool) -> Found:
         """Judge all models after a round.
@@ -91,13 +94,15 @@ class Evaluator:
         for task, reply in zip(tasks, replies, strict=True):
             assert reply is not None
             rows += reply.rows
+            if task.split != self._split:
+                continue  # what a method notes about a model it notes once
             for kind, values in reply.diagnostics.items():
                 found.diagnostics.append({"round": round_idx, "client_id": task.client_id, "kind": kind, "values": values})
         if round_idx == 0 or not self._has_private:
             # The global model is every client's model: the same numbers stand for both views.
             rows += [_as_personal(row) for row in rows if row.task == "client"]
         found.rows.extend(_as_json(row) for row in rows)
-        found.summary.update(_summarise(rows))
+        found.summary.update(_summarise([row for row in rows if row.task != "client" or row.split == self._split]))
         return found
 
     def _tasks(self, state: ServerState, versions: Mapping[int, int], round_idx: int, *, is_last: bool) -> list[EvaluationTask]:
@@ -111,14 +116,16 @@ class Evaluator:
             asks = config.choices != "never" and (config.choices == "always" or is_last or round_idx == 0)
             general = ("retention", "choice") if asks else ("retention",)
 
-        def make(client_id: int | None, view: Any, tasks: tuple[str, ...], names: tuple[str, ...]) -> EvaluationTask:
+        def make(
+            client_id: int | None, view: Any, tasks: tuple[str, ...], names: tuple[str, ...], split: Split = self._split
+        ) -> EvaluationTask:
             task = EvaluationTask(
                 round_idx=round_idx,
                 view=view,
                 tasks=tasks,
                 keys=tuple(key for key in state.params if key in self._keys),
                 client_id=client_id,
-                split="validation" if self._is_search else "test",
+                split=split,
                 metrics=names,
                 state_version=None if client_id is None or view == "global" else versions.get(client_id),
             )
@@ -137,6 +144,9 @@ class Evaluator:
             found += [make(client, "global", ("client",), names) for client in clients]
             if general:
                 found.append(make(None, "global", general, metrics[:2]))
+        if config.validation and not self._is_search:
+            view = "personal" if has_personal else "global"
+            found += [make(client, view, ("client",), metrics[:2], "validation") for client in clients]
         return found
 
 

@@ -83,6 +83,9 @@ class RoundLoop:
         tracker: Gets one batch a round.
         emit: Gets an event a round, an evaluation and a failure.
         is_stopping: Asked before every round; then the run ends, resumable.
+
+    Attributes:
+        hosting_s: Seconds that the replicas took to build what they host.
     """
 
     def __init__(
@@ -108,9 +111,11 @@ class RoundLoop:
         self._failures: list[dict[str, Any]] = []
         self._made_again: list[tuple[ClientTask, ClientUpdate]] = []
         self._parts: dict[int, dict[int, int]] = {}
+        self._until = 0
+        self.hosting_s = 0.0
 
-    def run(self) -> ServerState:
-        """Run all rounds that are left.
+    def run(self, until: int | None = None) -> ServerState:
+        """Run all rounds that are left, or those up to round ``until``, which is kept as a checkpoint whatever the distance.
 
         Returns:
             The server's last state.
@@ -121,7 +126,9 @@ class RoundLoop:
             GroupViolation: A frozen tensor changed.
         """
         job, method = self._job, self._method
+        started = time.perf_counter()
         self._pool.host(job.worker.build)
+        self.hosting_s = time.perf_counter() - started
         facts = self._pool.call("describe")
         self._groups = facts[0]["groups"]
         self._refs = {ref.key: ref for ref in facts[0]["refs"]}
@@ -168,12 +175,15 @@ class RoundLoop:
             has_shared=any(group.is_sent for group in self._groups.values()),
         )
         self._note_budgets(is_new=done == 0, rounds=rounds)
-        for round_idx in range(done + 1, rounds + 1):
+        self._until = rounds if until is None else min(until, rounds)
+        for round_idx in range(done + 1, self._until + 1):
             if self._is_stopping():
                 raise RunInterrupted(f"{job.label} stopped after round {round_idx - 1} of {rounds}", "it can be resumed")
             state = self._round(evaluator, state, round_idx, rounds)
-        self._check_frozen(frozen, [fact["frozen_hash"] for fact in self._pool.call("describe")])
-        self._folder.write_info(frozen_hash_end=frozen, failures=self._failures)
+        if self._until == rounds:
+            self._check_frozen(frozen, [fact["frozen_hash"] for fact in self._pool.call("describe")])
+            self._folder.write_info(frozen_hash_end=frozen)
+        self._folder.write_info(failures=self._failures)
         return state
 
     def _federation(self, facts: Mapping[str, Any]) -> Federation:
@@ -259,7 +269,7 @@ class RoundLoop:
             metrics |= self._evaluate(evaluator, new_state, round_idx, is_last=round_idx == rounds)
         # Before the checkpoint: after a kill between the two the round is run again, and tracking knows its steps.
         self._tracker.log_round(round_idx, metrics)
-        if round_idx % job.checkpoint_every == 0 or round_idx == rounds:
+        if round_idx % job.checkpoint_every == 0 or round_idx == self._until:
             checkpoint = Checkpoint(round_idx=round_idx, state=new_state, versions=self._versions)
             save(self._folder.checkpoint_folder, checkpoint, store=self._store)
         return new_state

@@ -13,6 +13,7 @@ test split is never looked at. One rate for all methods misleads: where LoRA is 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -62,9 +63,10 @@ from fedgraft.registry import METHODS
 from fedgraft.tuning.locks import hold
 from fedgraft.tuning.rates import choose_rate, read_choice, validation_loss
 from fedgraft.tuning.references import Reference, train_reference
+from fedgraft.tuning.shared_data import shared_data
 from fedgraft.types import Budget
 
-__all__ = ["Experiment", "run"]
+__all__ = ["Execution", "Experiment", "Outer", "new_folder", "run"]
 
 _log = logging.getLogger(__name__)
 _OTHER_S = 60.0
@@ -100,7 +102,7 @@ def run(
         raise FedgraftError("nothing to run: neither a config nor a folder to resume was given")
     else:
         require_memory(config)
-        folder = _new_folder(config)
+        folder = new_folder(config.output.folder, config.name)
         with written_whole(folder / "config.yaml") as scratch:
             scratch.write_text(dump_config(config.absolute()))
     notify = on_event or (lambda event: None)
@@ -140,20 +142,48 @@ class Experiment:
         # The configuration is there before anything else and is never written again, so it serves as the lock's file, too.
         with hold(folder / "config.yaml", timeout_s=_OTHER_S, busy=f"another process is at work in {folder}"):
             remove_leftovers(folder)
-            _Execution(folder, context).run()
+            Execution(folder, context).run()
 
 
-class _Execution:
-    """One pass over an experiment's folder."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    """The sweep that an experiment is a trial of.
 
-    def __init__(self, folder: Path, context: JobContext) -> None:
+    ``mlflow_run_id`` is the sweep's run, the parent of all; ``name`` and ``trial`` name sweep and trial in MLflow; ``data`` is
+    the folder of prepared data that the trials share; ``known`` are bases that this process has opened, by source and dtype.
+    """
+
+    mlflow_run_id: str | None
+    name: str
+    trial: str
+    data: Path
+    known: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
+
+
+class Execution:
+    """One pass over an experiment's folder: to its end (``run``), or rung by rung (``open``, ``advance``, ``close``).
+
+    Args:
+        folder: Of the experiment; holds ``config.yaml``.
+        context: Gives the pool, takes events.
+        outer: The sweep that it is a trial of, if it is one.
+    """
+
+    def __init__(self, folder: Path, context: JobContext, outer: Outer | None = None) -> None:
         self._folder = folder
         self._context = context
+        self._outer = outer
         self._config = load_config(folder / "config.yaml")
         self._methods = self._config.methods()
         self._cache = self._config.output.cache or default_cache()
         self._model: dict[str, Any] = {}
         self._references: dict[tuple[str, int], Reference] = {}
+        self._data: dict[int, Path] = {}
+        self._trackers: dict[tuple[str, int], Tracker] = {}
+        self._parent: Tracker | None = None
+        self._pool: Pool | None = None
+        self._started = time.time()
+        self.train_seconds = 0.0
         previous = folder / "comparison.json"
         self._mlflow_run_id = json.loads(previous.read_text()).get("mlflow_run_id") if previous.is_file() else None
 
@@ -164,29 +194,35 @@ class _Execution:
             StorageError: A disk is full, whoever met it.
         """
         try:
-            self._run_all()
+            self.open()
+            self.advance()
+            self.finish()
         except Exception as error:
             with _kept_going("comparison.json"):
-                self._write_comparison("stopped" if isinstance(error, RunInterrupted) else "failed")
+                self.fail(error)
             if isinstance(error, OSError) and is_disk_full(error):
                 raise storage_error(Path(error.filename or self._folder / "comparison.json"), error) from error
             raise
+        finally:
+            self.close()
 
-    def _run_all(self) -> None:
+    def open(self) -> None:
+        """Get everything ready that runs need: base, data, references, replicas, the parent in MLflow."""
         config = self._config
-        started = time.time()
         self._write_comparison("running")
-        base_folder = self._base()
-        tokenizer = load_tokenizer(base_folder)
-        data: dict[int, Path] = {}
+        self._base_folder = self._base()
+        tokenizer = load_tokenizer(self._base_folder)
         for seed in config.seeds:
-            data[seed] = self._folder / "data" / f"seed-{seed}"
             self._stage("preparing the data")
-            prepare(config.data, tokenizer, seed, data[seed])
-        first = PreparedData.open(data[config.seeds[0]])
+            if self._outer is not None:
+                self._data[seed] = shared_data(config.data, tokenizer, seed, self._outer.data)
+            else:
+                self._data[seed] = self._folder / "data" / f"seed-{seed}"
+                prepare(config.data, tokenizer, seed, self._data[seed])
+        first = PreparedData.open(self._data[config.seeds[0]])
         self._check_clients(first.num_clients)
-        self._train_references(first.num_clients, base_folder, data)
-        pool = self._context.open_pool(
+        self._train_references(first.num_clients, self._base_folder, self._data)
+        self._pool = self._context.open_pool(
             PoolOptions(
                 replicas=self._num_replicas(first.num_clients),
                 ranks=config.engine.world_size,
@@ -197,40 +233,57 @@ class _Execution:
                 start_timeout_s=config.executor.start_timeout_s,
                 rank_grace_s=config.executor.rank_grace_s,
                 heartbeat_timeout_s=config.executor.heartbeat_s,
+                in_group=self._outer is not None,
             ),
             lambda text: self._emit("note", text=text),
         )
-        parent: Tracker | None = None
-        try:
-            self._emit("plan", total_rounds=self._total_rounds())
-            self._stage(f"starting {pool.size} replica{'s' if pool.size != 1 else ''}")
-            parent = self._tracker(
+        self._emit("plan", total_rounds=self._total_rounds())
+        self._stage(f"starting {self._pool.size} replica{'s' if self._pool.size != 1 else ''}")
+        if self._outer is None:
+            self._parent = self._tracker(
                 config.name, run_params(config), run_tags(config, "experiment", self._folder), known=self._mlflow_run_id
             )
-            self._mlflow_run_id = parent.run_id
-            self._write_comparison("running")
-            for label, method in self._methods.items():
-                for seed in config.seeds:
-                    self._stop_if_asked()
-                    reference = self._references.get((label, seed))
-                    if reference is not None:
-                        rate = reference.learning_rate
-                    else:
-                        rate = self._search(pool, label, method, seed, base_folder, data[seed])
-                    self._run(pool, label, method, seed, rate, base_folder, data[seed], parent)
-        except Exception as error:
-            if parent is not None:
-                parent.finish("stopped" if isinstance(error, RunInterrupted) else "failed")
-            raise
-        finally:
-            pool.close()
-        self._write_comparison("finished", seconds=time.time() - started)
+            self._mlflow_run_id = self._parent.run_id
+        else:
+            self._mlflow_run_id = self._outer.mlflow_run_id
+        self._write_comparison("running")
+
+    def advance(self, until: int | None = None) -> None:
+        """Bring every run to its end, or up to round ``until`` where that comes first; what is there is not done again."""
+        assert self._pool is not None, "open() comes first"
+        for label, method in self._methods.items():
+            for seed in self._config.seeds:
+                self._stop_if_asked()
+                reference = self._references.get((label, seed))
+                if reference is not None:
+                    rate = reference.learning_rate
+                else:
+                    rate = self._search(self._pool, label, method, seed, self._base_folder, self._data[seed])
+                self._run(self._pool, label, method, seed, rate, until)
+
+    def finish(self) -> None:
+        """Say that all runs are finished, and write the report."""
+        self._write_comparison("finished", seconds=time.time() - self._started)
         artifacts = [self._folder / "config.yaml", self._folder / "comparison.json"]
-        if config.output.report:
+        if self._config.output.report:
             self._stage("writing the report")
             result = read_comparison(self._folder)
             artifacts.append(write_report(result, self._folder / "report.html"))
-        parent.finish("finished", artifacts)
+        if self._parent is not None:
+            self._parent.finish("finished", artifacts)
+
+    def fail(self, error: Exception) -> None:
+        """Say how far it came where an error ended it."""
+        status = "stopped" if isinstance(error, RunInterrupted) else "failed"
+        self._write_comparison(status)
+        if self._parent is not None:
+            self._parent.finish(status)
+
+    def close(self) -> None:
+        """Give the replicas back."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def _train_references(self, num_clients: int, base: Path, data: Mapping[int, Path]) -> None:
         """Train what is centralised before replicas take the cores."""
@@ -276,6 +329,18 @@ class _Execution:
         return max(1, min(planned, self._config.federation.cohort_size or num_clients, num_clients))
 
     def _base(self) -> Path:
+        if self._outer is None:
+            return self._open_base()
+        known, model = self._outer.known, self._config.model
+        key = (model.source, model.dtype)
+        if key not in known:
+            # Trials that start side by side on a node: one of them fetches and writes, the others find it there.
+            with hold(self._cache / "bases" / f".{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.lock"):
+                known[key] = (self._open_base(), self._model)
+        folder, self._model = known[key]
+        return folder
+
+    def _open_base(self) -> Path:
         config = self._config
         source = config.model.source
         if config.model.is_bundled:
@@ -343,17 +408,8 @@ class _Execution:
                 shutil.rmtree(job.folder / part, ignore_errors=True)
         return None if record.read_info().get("error") else validation_loss(job.folder)
 
-    def _run(
-        self,
-        pool: Pool,
-        label: str,
-        method: MethodConfig,
-        seed: int,
-        rate: float,
-        base: Path,
-        data: Path,
-        parent: Tracker,
-    ) -> None:
+    def _run(self, pool: Pool, label: str, method: MethodConfig, seed: int, rate: float, until: int | None) -> None:
+        """Go on with one run, to its end or up to a round; a run that is over is left alone."""
         folder = self._folder / label / f"seed-{seed}"
         known = RunFolder(folder).read_info()
         if known.get("status") == "finished":
@@ -361,33 +417,53 @@ class _Execution:
         started = time.time()
         rounds = METHODS.build(method).num_rounds(self._config.federation.rounds)
         self._emit("run_started", label, seed=seed, rounds=rounds, learning_rate=rate, purpose="run")
-        job = self._job(label, method, seed, rate, folder, base, data, purpose="run", rounds=rounds)
+        job = self._job(label, method, seed, rate, folder, self._base_folder, self._data[seed], purpose="run", rounds=rounds)
         reference = self._references.get((label, seed))
         if reference is not None:
             job = replace(job, start=reference.start)
         self._begin_record(job, method, seed)
-        tracker = self._tracker(
-            f"{label}/seed-{seed}",
-            run_params(self._config, method=method, seed=seed, rate=rate),
-            run_tags(self._config, "run", folder, label=label, method=method, seed=seed),
-            known=known.get("mlflow_run_id"),
-            parent=parent.run_id,
-        )
-        RunFolder(folder).write_info(mlflow_run_id=tracker.run_id)
+        tracker = self._run_tracker(label, method, seed, rate, folder)
+        loop = self._loop(job, pool, tracker)
+        status, message = "stopped", ""  # what no except clause sees: a second Ctrl-C
+        is_over = until is None or until >= rounds
         try:
-            self._loop(job, pool, tracker).run()
+            loop.run(until)
+            status = "finished" if is_over else "stopped"
         except Exception as error:
-            status = "stopped" if isinstance(error, RunInterrupted) else "failed"
-            seconds = float(known.get("seconds", 0.0)) + time.time() - started
-            with _kept_going("run.json"):
-                RunFolder(folder).write_info(status=status, error=str(error), seconds=seconds)
+            status, message = "stopped" if isinstance(error, RunInterrupted) else "failed", str(error)
             tracker.finish(status)
             raise
-        seconds = float(known.get("seconds", 0.0)) + time.time() - started
-        RunFolder(folder).write_info(status="finished", seconds=seconds, error=None)
+        finally:
+            took = time.time() - started
+            self.train_seconds += took - loop.hosting_s
+            seconds = float(known.get("seconds", 0.0)) + took
+            with _kept_going("run.json") if message else contextlib.nullcontext():
+                RunFolder(folder).write_info(status=status, seconds=seconds, error=message or None)
+        if not is_over:
+            self._write_comparison("stopped")
+            return
         tracker.finish("finished", RunFolder(folder).records())
         self._write_comparison("running")
         self._emit("run_finished", label, folder=str(folder), seconds=seconds)
+
+    def _run_tracker(self, label: str, method: MethodConfig, seed: int, rate: float, folder: Path) -> Tracker:
+        """The MLflow run of a method and seed: one, however often it is stopped and goes on."""
+        if (label, seed) not in self._trackers:
+            known = RunFolder(folder).read_info().get("mlflow_run_id")
+            name, more = f"{label}/seed-{seed}", {}
+            if self._outer is not None:
+                name = f"{self._outer.trial}/{name}"
+                more = {"sweep": self._outer.name, "trial": self._outer.trial}
+            tracker = self._tracker(
+                name,
+                run_params(self._config, method=method, seed=seed, rate=rate),
+                run_tags(self._config, "run", folder, label=label, method=method, seed=seed, more=more),
+                known=known,
+                parent=self._mlflow_run_id,
+            )
+            RunFolder(folder).write_info(mlflow_run_id=tracker.run_id)
+            self._trackers[label, seed] = tracker
+        return self._trackers[label, seed]
 
     def _job(
         self,
@@ -533,10 +609,14 @@ def _kept_going(name: str) -> Iterator[None]:
         _log.warning("how the run ended is not noted in %s: %s", name, error.message)
 
 
-def _new_folder(config: RunConfig) -> Path:
-    """Make the experiment's folder: its name and the time, and a number where two start in one second."""
-    root = config.output.folder.resolve()
-    stem = f"{config.name}-{datetime.now():%Y%m%d-%H%M%S}"
+def new_folder(root: Path, name: str) -> Path:
+    """Make the folder of an experiment or a sweep: its name and the time, and a number where two start in one second.
+
+    Raises:
+        FedgraftError: It cannot be written.
+    """
+    root = root.resolve()
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in range(1000):
         folder = root / (stem if number == 0 else f"{stem}-{number}")
         try:

@@ -268,3 +268,28 @@ def test_a_wrong_file_in_a_process_of_its_own(tmp_path: Path) -> None:
         "  executor.kind: got 'rya'; expected one of ray, in_process; did you mean 'ray'? (from the command line)",
     ]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["bad.yaml"], "nothing is made for a run that cannot start"
+
+
+def test_a_sweep_is_planned_and_what_is_wrong_ends_with_2(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "base: {method: {name: fedavg}, federation: {rounds: 2}, executor: {kind: in_process}}\n"
+        "space: {federation.local_steps: [1, 2, 3]}\nseeds: [0, 1]\n"
+    )
+    planned = RUNNER.invoke(app, ["sweep", str(path), "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert "3 points, one trial each, with 2 seed(s); grid search" in planned.output
+    assert "12 in all, if nothing is stopped early" in planned.output
+    assert "0002" in planned.output
+    assert not (tmp_path / "runs").exists()
+    wrong = RUNNER.invoke(app, ["sweep", str(path), "base.federation.round=3", "seeds=[0]", "metrik=x"])
+    assert wrong.exit_code == 2
+    assert "did you mean 'metric'?" in wrong.output
+    large = RUNNER.invoke(app, ["sweep", str(path), "base.executor.threads=200", "--dry-run"])
+    assert large.exit_code == 3
+    assert "3 of 3 trials find no place" in large.output
+    for arguments in (["sweep"], ["sweep", "--resume", str(tmp_path), "--dry-run"], ["sweep", "seeds=[1]"]):
+        assert RUNNER.invoke(app, arguments).exit_code == 2
+    nowhere = RUNNER.invoke(app, ["sweep", "--resume", str(tmp_path)])
+    assert nowhere.exit_code == 6
+    assert "holds no sweep.json" in nowhere.output

@@ -11,9 +11,13 @@ import yaml
 
 from fedgraft.platform.loading import dump_config, load_config
 from fedgraft.registry import METHODS
+from fedgraft.tuning.sweep_loading import dump_sweep, load_sweep
+from fedgraft.tuning.sweep_plan import plan_sweep
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path.name != "pretrain.yaml")  # see test_pretraining
+SWEEPS = sorted((ROOT / "examples").glob("sweep_*.yaml"))
+OTHERS = {"pretrain.yaml"}  # see test_pretraining
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.yaml") if path not in SWEEPS and path.name not in OTHERS)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +43,27 @@ def test_an_example_loads_and_begins_with_its_command(path: Path) -> None:
     for method in config.methods().values():
         assert METHODS.build(method).name == method.name
     assert path.read_text().isascii()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_an_example_of_a_sweep_loads_fits_its_model_and_begins_with_its_command(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    command = shlex.split(first.removeprefix("# "))
+    assert command[:2] == ["fedgraft", "sweep"]
+    assert (ROOT / command[2]).resolve() == path
+    sweep = load_sweep(command[2], command[3:])
+    assert load_sweep(yaml.safe_load(dump_sweep(sweep.config))).config == sweep.config
+    assert plan_sweep(sweep).num_trials == len(sweep.trials) > 1
+    assert path.read_text().isascii()
+
+
+def test_what_is_swept_by_the_examples() -> None:
+    keys = {path.name: set(load_sweep(path).config.space) for path in SWEEPS}
+    assert {"data.partition.alpha", "method"} <= keys["sweep_heterogeneity.yaml"]
+    assert {"federation.budgets.experts_per_layer", "method"} <= keys["sweep_budgets.yaml"]
+    grafts = {"method.graft_layer_fraction", "method.graft_neuron_fraction", "method.n_graft"}
+    assert grafts <= keys["sweep_grafts.yaml"]
+    assert "sweep_small.yaml" in keys
 
 
 def test_the_packaged_quickstart_begins_with_its_command() -> None:

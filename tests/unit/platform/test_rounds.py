@@ -358,3 +358,33 @@ def test_lora_on_experts_leaves_the_frozen_hash_in_every_family(
     run_job(replace(job, rounds=1, worker=replace(job.worker, base_folder=make_base(family))))
     info = json.loads((job.folder / "run.json").read_text())
     assert info["frozen_hash_start"] == info["frozen_hash_end"]
+
+
+def test_a_run_in_parts_gives_the_bits_of_a_straight_one(make_job: Maker, run_job: Maker, assert_same_bits: Any) -> None:
+    straight = run_job(make_job(FLEX))
+    job = replace(make_job(FLEX), checkpoint_every=100)  # so the parts have no other checkpoints than their own last rounds
+    events: list[Any] = []
+    for until, rounds in ((2, [1, 2]), (2, [1, 2]), (None, [1, 2, 3])):
+        state = loop_on(job, LocalPool(PoolOptions(replicas=1)), events).run(until)
+        lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["round"] for line in lines] == rounds
+        assert ("frozen_hash_end" in RunFolder(job.folder).read_info()) == (until is None)
+    assert [event.data["round"] for event in events if event.kind == "round"] == [1, 2, 3]  # none of them twice
+    assert_same_bits(state.params, straight.state.params)
+    assert [line["train_loss"] for line in lines] == [line["train_loss"] for line in straight.rows("metrics")]
+
+
+def test_validation_examples_are_judged_beside_the_test_ones_and_change_no_summary(make_job: Maker, run_job: Maker) -> None:
+    def run(is_judged: bool) -> Any:
+        job = make_job(FLEX)
+        return run_job(replace(job, evaluation=job.evaluation.model_copy(update={"validation": is_judged})))
+
+    plain, both = run(False), run(True)
+    rows = both.rows("evaluations")
+    extra = [row for row in rows if row["split"] == "validation" and row["task"] == "client"]
+    assert {(row["client_id"], row["metric"]) for row in extra} == {(i, m) for i in range(3) for m in ("nll", "token_accuracy")}
+    assert {row["view"] for row in extra} == {"personal"}
+    assert [row for row in rows if row not in extra] == plain.rows("evaluations")
+    assert both.rows("diagnostics") == plain.rows("diagnostics")
+    summaries = [[event.data["nll"] for event in ran.events if event.kind == "evaluation"] for ran in (plain, both)]
+    assert summaries[0] == summaries[1]
