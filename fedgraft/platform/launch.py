@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,7 +24,7 @@ from fedgraft.errors import ClusterError, FedgraftError
 from fedgraft.platform.config import ExecutorConfig
 from fedgraft.platform.progress import Event
 
-__all__ = ["cluster", "launch"]
+__all__ = ["cluster", "is_of_job", "launch"]
 
 _POLL_S = 5.0
 """Longest wait for one batch of events; a batch returns as soon as there is one, so this only bounds a silent driver's death."""
@@ -152,6 +153,11 @@ class _Follower:
 
     def _note(self, text: str) -> None:
         self._on_event(Event(kind="note", data={"text": text}))
+
+
+def is_of_job(folder: Path) -> bool:
+    """Whether a folder lies in the copy of a working directory that Ray made for a submitted job, and that goes away with it."""
+    return any(part.startswith("_ray_pkg_") for part in folder.parts)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from fedgraft.platform.leftovers import remove_leftovers
 from fedgraft.platform.progress import Event
 from fedgraft.platform.results import read_comparison, round_values
 from fedgraft.platform.run_folder import RunFolder
-from fedgraft.tuning.experiment import Execution, Outer
+from fedgraft.tuning.execution import Execution, Outer
 from fedgraft.tuning.locks import hold
 
 __all__ = ["KeptPool", "TrialJob", "TrialRun"]

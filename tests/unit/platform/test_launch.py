@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fedgraft.actors.driver import Driver
 from fedgraft.actors.hosting import JobContext
 from fedgraft.errors import QuorumError
 from fedgraft.platform.config import ExecutorConfig
-from fedgraft.platform.launch import launch
+from fedgraft.platform.launch import is_of_job, launch
 
 HERE = ExecutorConfig(kind="in_process")
 
@@ -98,3 +99,9 @@ def test_a_call_that_comes_twice_runs_the_job_once(driver: Driver, fails: bool) 
         thread.join(10)
     assert calls == [1]
     assert outcomes == ["too few" if fails else "done"] * 2
+
+
+def test_a_folder_that_goes_away_with_a_job_is_known() -> None:
+    copy = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef")
+    assert is_of_job(copy / "runs" / "quickstart-1")
+    assert not is_of_job(Path("/mnt/runs/quickstart-1"))

@@ -397,7 +397,10 @@ def test_a_heartbeat_that_would_have_no_effect_is_refused() -> None:
     assert "heartbeat_timeout_s has no effect with kind: in_process" in found["executor"].hint
     found = problems(None, "executor.heartbeat_timeout_s=30", "federation.task_timeout_s=30")
     assert "federation.task_timeout_s is not longer" in found["executor.heartbeat_timeout_s"].hint
-    assert "from 5 to 100000000, or null" in problems(None, "executor.heartbeat_timeout_s=4")["executor.heartbeat_timeout_s"].expected
+    assert (
+        "from 5 to 100000000, or null"
+        in problems(None, "executor.heartbeat_timeout_s=4")["executor.heartbeat_timeout_s"].expected
+    )
     assert load_config(None, ["executor.heartbeat_timeout_s=30"], checks_files=False).executor.heartbeat_s == 30
     assert load_config(None, checks_files=False).executor.heartbeat_s == 60
 
