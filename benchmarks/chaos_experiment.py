@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from chaos_monkey import Monkey
 from chaos_watch import Watch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from tiny_model import write_tiny_model
 
 import fedgraft
 
@@ -35,7 +33,6 @@ METHODS: dict[str, dict[str, Any]] = {
 
 _MAX_UNPROVOKED = 2
 """Ends that no strike explains, as when Ray does not come up on a machine that is too busy; they are resumed and told."""
-_SPECIAL = ("<|pad|>", "<|end|>", "<|bos|>")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,45 +69,8 @@ class Material:
 
 
 def make_material(folder: Path) -> Material:
-    """Write the model, its tokenizer of one token a byte, and the examples: 12 to 19 of each client, each with its own words."""
-    backend = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate([*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])},
-            merges=[],
-        )
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(_SPECIAL))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=_SPECIAL[0], eos_token=_SPECIAL[1], bos_token=_SPECIAL[2]
-    )
-    model = Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
-            vocab_size=len(_SPECIAL) + 256,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_experts=4,
-            num_experts_per_tok=2,
-            intermediate_size=40,
-            moe_intermediate_size=24,
-            shared_expert_intermediate_size=28,
-            max_position_embeddings=128,
-            bos_token_id=2,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-    )
-    # Routers start near zero, so that all experts are alike; here they must differ.
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    """Write the model with its tokenizer, and the examples: 12 to 19 of each client, each with its own words."""
+    write_tiny_model(folder / "model")
     lines = [
         {"q": f"{chr(97 + client)}{i}: {client * i % 7}", "a": f"{chr(97 + client) * (1 + i % 4)}", "kind": f"client {client}"}
         for client in range(NUM_CLIENTS)

@@ -36,54 +36,21 @@ from typing import Any
 
 import numpy as np
 import psutil
-import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2MoeConfig
+from tiny_model import write_tiny_model
 
 LIMIT_MIB = 1.0
 """Most growth of private memory, MiB per 100 rounds, that counts as none: allocators and records of one line a round."""
 
 MIB = 2**20
-SPECIAL = ("<|pad|>", "<|end|>", "<|bos|>")
 ACTORS = {"driver": "ray::Driver", "replica": "ray::Rank"}
-
-
-def make_model(folder: Path) -> Path:
-    """Write a random model of two layers and four experts with a tokenizer of one token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={token: idx for idx, token in enumerate([*SPECIAL, *alphabet])}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
-    pad, end, bos = SPECIAL
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, eos_token=end, bos_token=bos).save_pretrained(folder)
-    config = Qwen2MoeConfig(
-        vocab_size=len(SPECIAL) + len(alphabet),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=24,
-        intermediate_size=24,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def config_of(folder: Path, methods: Sequence[str], rounds: int) -> dict[str, Any]:
     """A run whose rounds are as short as can be, with everything on that may hold on to something."""
     return {
         "name": "leaks",
-        "model": {"path": str(make_model(folder / "model"))},
+        "model": {"path": str(write_tiny_model(folder / "model"))},
         "data": {
             "num_clients": 4,
             "max_length": 24,

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -184,12 +183,7 @@ def _check_port(port: int) -> None:
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
     started = time.monotonic()
-    while True:
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            pass  # not up yet
+    while not _answers(address):
         if process.poll() is not None or time.monotonic() - started > _START_S:
             what = "ended at once" if process.poll() is not None else f"did not answer within {_START_S:.0f} s"
             said = log.read_text(errors="replace").strip().splitlines()[-5:]
@@ -198,6 +192,14 @@ def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
                 "check the store with: mlflow doctor, or start it by hand: mlflow ui",
             )
         time.sleep(0.3)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5):
+            return True
+    except OSError:  # refused, reset, timed out, an HTTP error: not up yet
+        return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -95,7 +95,7 @@ class _Borrowed:
         return getattr(self._pool, name)
 
     def close(self) -> None:
-        pass
+        """Leave the pool open: the next trial of this process gets it."""
 
 
 class TrialRun:

@@ -72,7 +72,7 @@ def test_the_same_run_made_twice_is_the_same(pair: tuple[Path, Path], make_job: 
     again = run_job(replace(job, evaluation=job.evaluation.model_copy(update={"every": 1})), in_reverse=True)
     found = fedgraft.verify(pair[0], again.job.folder)
     assert found.differences == ()
-    # made_by: the second one has no status and no versions, which is a note, not a difference
+    # The second one has no status, which is a note, not a difference.
     assert any("not finished" in note for note in found.notes)
 
 
