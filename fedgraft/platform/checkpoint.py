@@ -49,8 +49,6 @@ def save(folder: Path, checkpoint: Checkpoint, *, store: ClientStateStore, keep:
     Raises:
         StorageError: It cannot be written, e.g. as the disk is full; the ones before it stay, and nothing of it does.
     """
-    for left in folder.glob(".writing-*"):
-        shutil.rmtree(left)  # by a process that was killed
     scratch = folder / f".writing-{os.getpid()}"
     target = folder / f"round-{checkpoint.round_idx:06d}"
     try:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 __all__ = ["remove_leftovers"]
 
-_SCRATCH = re.compile(
-    r"\.writing-\d+|\.[\w.-]+\.(json|jsonl|yaml|safetensors)\.\d+(\.tmp)?|(metrics|evaluations|ledger|diagnostics|hashes)\.tmp"
-)
-"""Checkpoints being written, files with dot and process id around their name, and records that were being cut."""
+_SCRATCH = re.compile(r"\.writing-\d+|\.[\w.-]+\.(json|jsonl|yaml|safetensors)\.\d+(\.tmp)?")
+"""Checkpoints being written, and files with dot and process id around their name."""
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

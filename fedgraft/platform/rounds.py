@@ -144,7 +144,6 @@ class RoundLoop:
             num_clients=job.num_clients,
             is_search=job.purpose == "search",
         )
-        self._store.sweep()
         checkpoint = load_latest(self._folder.checkpoint_folder, store=self._store)
         known = self._folder.read_info().get("frozen_hash_start", frozen)
         if checkpoint is not None and known != frozen:

@@ -72,11 +72,6 @@ class ClientStateStore:
         """SHA-256 of the stored file."""
         return hashlib.sha256(self.path(client_id, version).read_bytes()).hexdigest()
 
-    def sweep(self) -> None:
-        """Delete what replicas that were killed had half written."""
-        for path in sorted(self._folder.glob("*/.round-*")):
-            path.unlink(missing_ok=True)
-
     def prune(self, client_id: int, keep: set[int]) -> None:
         """Delete the versions of a client that are not in ``keep``, and what replicas that were killed had half written."""
         folder = self._folder / f"{client_id:06d}"

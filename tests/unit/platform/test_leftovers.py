@@ -13,7 +13,7 @@ LEFT = (
     "flex/seed-0/checkpoints/.writing-4711/.state.json.4711",
     "flex/seed-0/checkpoints/.writing-4711/state.safetensors",
     "flex/seed-0/.run.json.1",
-    "flex/seed-0/metrics.tmp",
+    "flex/seed-0/.metrics.jsonl.1",
     ".comparison.json.22",
     "data/seed-0/.tokens-ab12.safetensors.22.tmp",
 )

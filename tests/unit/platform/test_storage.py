@@ -81,7 +81,6 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) ->
     store = ClientStateStore(tmp_path / "clients")
     folder = tmp_path / "checkpoints"
     save(folder, Checkpoint(round_idx=1, state=state(1.0), versions={}), store=store)
-    (folder / ".writing-4711").mkdir()  # of a driver that was killed
     before = names(folder)
     with largest_file(2000), pytest.raises(StorageError, match="round-000002 cannot be written"):
         save(folder, Checkpoint(round_idx=2, state=state(2.0, 3000), versions={}), store=store)
