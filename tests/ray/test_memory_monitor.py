@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray  # not among the slow tests, which run side by side: the limit is that of the whole machine
 
 
 @pytest.mark.skipif(psutil.virtual_memory().available < 4 * 2**30, reason="needs 4 GiB of free memory to spend 2 of them")
