@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from fedgraft.actors.hosting import JobContext, PoolOptions
 from fedgraft.errors import GroupViolation, MethodError, RunInterrupted, StorageError
 
@@ -21,7 +23,8 @@ __all__ = ["Counting", "Double", "Item", "act_once"]
 def act_once(act: str, once: Path) -> None:
     """Do to this process what ``act`` names, unless ``once`` says by its presence that it was done.
 
-    ``die``: SIGKILL. ``freeze``: SIGSTOP. ``hang``: sleep for an hour, alive. ``swell``: take 2 GiB of memory and keep them.
+    ``die``: SIGKILL. ``freeze``: SIGSTOP. ``hang``: sleep for an hour, alive. ``swell``: take memory
+    until 2 GiB of the machine's are left, and keep it.
     """
     if once.exists():
         return
@@ -31,8 +34,10 @@ def act_once(act: str, once: Path) -> None:
     elif act == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif act == "swell":
-        kept = bytearray(2 * 2**30)
-        kept[::4096] = b"x" * len(kept[::4096])  # a page counts when it is written to
+        kept = []
+        while psutil.virtual_memory().available > 2 * 2**30:
+            kept.append(b"x" * 2**26)  # written to, for only then a page counts
+            time.sleep(0.01)  # the monitor looks every 100 ms
         time.sleep(3600)
     elif act == "hang":
         time.sleep(3600)

@@ -14,7 +14,7 @@ from fedgraft.actors.testing import Double, Item
 
 def main(folder: Path) -> None:
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
-    pool = RayPool(PoolOptions(replicas=1, max_failures=5, task_timeout_s=120))
+    pool = RayPool(PoolOptions(replicas=1, max_failures=5, task_timeout_s=60))
     pool.host(Double)
     items = [Item(number=0), Item(number=1, act="swell", once=folder / "swollen"), Item(number=2)]
     for done in pool.map("work", items, pool.share(100)):
