@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Finished", "JobContext", "LostResult", "LostShared", "Note", "Pool", "PoolOptions"]
+__all__ = ["Finished", "JobContext", "LostResult", "LostShared", "Note", "Part", "Pool", "PoolOptions"]
 
 Note = Callable[[str], None]
 """Takes one sentence that the user should read."""
@@ -48,6 +48,14 @@ class PoolOptions:
     rank_grace_s: float = 60.0
     heartbeat_timeout_s: float = 60.0
     in_group: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The handle of one part of a large result that is a list: ``fetch`` gives its item ``place``."""
+
+    handle: Any
+    place: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +101,7 @@ class Pool(Protocol):
         """
 
     def fetch(self, handle: Any) -> Any:
-        """Give a large result.
+        """Give a large result, or a ``Part`` of one.
 
         Raises:
             LostResult: It is gone.

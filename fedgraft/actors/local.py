@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fedgraft.actors.hosting import Finished, Note, PoolOptions
+from fedgraft.actors.hosting import Finished, Note, Part, PoolOptions
 
 __all__ = ["LocalPool"]
 
@@ -45,7 +45,7 @@ class LocalPool:
 
     def fetch(self, handle: Any) -> Any:
         """Nothing to do: the handle is the value."""
-        return handle
+        return handle.handle[handle.place] if isinstance(handle, Part) else handle
 
     def close(self) -> None:
         """Let go of the hosted object."""

@@ -18,7 +18,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 from fedgraft.actors.fleet import Fleet, brief, cause_of
 from fedgraft.actors.heartbeat import Heartbeats
-from fedgraft.actors.hosting import Finished, LostResult, LostShared, Note, PoolOptions
+from fedgraft.actors.hosting import Finished, LostResult, LostShared, Note, Part, PoolOptions
 from fedgraft.actors.replica import Shared
 from fedgraft.errors import BudgetViolation, ClusterError, GroupViolation, ReplicaError, StorageError
 
@@ -251,6 +251,8 @@ class RayPool:
 
     def fetch(self, handle: Any) -> Any:
         """Fetch a large result from the object store."""
+        if isinstance(handle, Part):
+            return self.fetch(handle.handle)[handle.place]
         try:
             return ray.get(handle, timeout=self._options.task_timeout_s)
         except RayError as error:
