@@ -222,7 +222,7 @@ def _sum_there(
     for _ in range(_TRIES):
         try:
             sums = _sum_blocks(parts, handles, pool, make_again, outcomes)
-            while len(sums) > _FEW:
+            if len(sums) > _FEW:
                 sums = _merge_there(sums, pool)
             return merge_sums(len(sums), lambda place, sums=sums: pool.fetch(sums[place]))[1]  # type: ignore[misc]
         except LostResult as error:
@@ -266,7 +266,7 @@ def _sum_blocks(
 
 def _merge_there(sums: Sequence[Any], pool: Pool) -> list[Any]:
     """Let the replicas merge sums of neighbouring blocks."""
-    size = _block_size(len(sums), pool.size)
+    size = _power_of_two(len(sums) / _FEW)
     groups = [sums[start : start + size] for start in range(0, len(sums), size)]
     merged: list[Any] = [None] * len(groups)
     for finished in pool.apply(merge_sums, [len(group) for group in groups], groups):
@@ -290,8 +290,11 @@ def merge_sums(count: int, fetch: Fetch) -> tuple[None, Params]:
 
 
 def _block_size(count: int, replicas: int) -> int:
-    wanted = max(_MIN_BLOCK, math.ceil(count / (_BLOCKS_A_REPLICA * replicas)))
-    return 1 << (wanted - 1).bit_length()
+    return _power_of_two(max(_MIN_BLOCK, count / (_BLOCKS_A_REPLICA * replicas)))
+
+
+def _power_of_two(least: float) -> int:
+    return 1 << (math.ceil(least) - 1).bit_length()
 
 
 def _positions(parts: Sequence[Part | None], start: int, size: int) -> list[int]:
