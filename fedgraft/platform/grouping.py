@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedgraft.actors.hosting import Finished, Part
+from fedgraft.actors.hosting import Finished, ItemOf
 
 __all__ = ["passes", "split"]
 
@@ -25,4 +25,4 @@ def split(finished: Finished, size: int) -> list[Finished]:
         return [finished] * size
     if not isinstance(finished.value, list):
         return [finished] if size == 1 else [replace(finished, error="the reply is not one of several clients")] * size
-    return [replace(finished, value=value, handle=Part(finished.handle, at)) for at, value in enumerate(finished.value)]
+    return [replace(finished, value=value, handle=ItemOf(finished.handle, at)) for at, value in enumerate(finished.value)]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from fedgraft.actors.hosting import Finished, LostResult, Pool
+from fedgraft.actors.hosting import Finished, Pool
 from fedgraft.data.prepared import PreparedData
 from fedgraft.errors import CheckpointError, GroupViolation, QuorumError, RunInterrupted
 from fedgraft.platform.checkpoint import Checkpoint, hash_state, load_latest, save
@@ -24,7 +24,7 @@ from fedgraft.platform.evaluation import Evaluator
 from fedgraft.platform.grouping import passes, split
 from fedgraft.platform.ledger import Entry, describe, entries
 from fedgraft.platform.progress import Event
-from fedgraft.platform.reduction import RefusedUpdate, sum_updates
+from fedgraft.platform.reduction import RefusedUpdates, sum_updates
 from fedgraft.platform.replies import ReplyLimits, check_reply
 from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.sampling import sample_cohort
@@ -45,7 +45,6 @@ from fedgraft.types import (
     Federation,
     Group,
     ParamRef,
-    Params,
     RoundPlan,
     ServerState,
     TensorInfo,
@@ -410,45 +409,45 @@ class RoundLoop:
         state: ServerState,
         tasks: Sequence[ClientTask],
         outcomes: list[ClientUpdate | ClientFailure],
-        handles: Sequence[Any],
+        handles: list[Any],
         shared: Any,
     ) -> tuple[list[ClientUpdate], Reduced]:
         """Weigh and sum what came; an update whose tensors turn out bad becomes a failure, and the rest is weighed again.
 
         Handles are kept until the sum is whole: another pass needs them.
         """
+        again = [0] * len(tasks)
+
+        def make_again(position: int) -> Any:
+            outcome = outcomes[position]
+            assert isinstance(outcome, ClientUpdate)
+            again[position] += 1
+            if again[position] > self._job.federation.max_failures:
+                raise _lost(outcome)
+            return self._make_again(replace(tasks[position], num_parts=outcome.num_parts), shared)
+
         while True:
             updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
             self._check_quorum(updates, len(tasks), tasks[0].round_idx)
             weights = self._method.weigh(state, updates)
             check_weights(weights, len(updates))
-
-            def fetch(position: int) -> Params:
-                outcome = outcomes[position]
-                assert isinstance(outcome, ClientUpdate)
-                return self._fetch(replace(tasks[position], num_parts=outcome.num_parts), handles[position], shared)
-
             try:
-                return updates, sum_updates(tasks, outcomes, weights, fetch)
-            except RefusedUpdate as refused:
-                outcomes[refused.position] = refused.failure
-                self._note_failure(refused.failure)
+                return updates, sum_updates(tasks, outcomes, weights, handles, pool=self._pool, make_again=make_again)
+            except RefusedUpdates as refused:
+                for position, failure in refused.failures.items():
+                    outcomes[position] = failure
+                    self._note_failure(failure)
 
-    def _fetch(self, task: ClientTask, handle: Any, shared: Any) -> dict[str, torch.Tensor]:
-        """Fetch a client's tensors; if they were lost with their node, the task is run again: same task, same bits."""
-        for _ in range(self._job.federation.max_failures):
-            try:
-                return self._pool.fetch(handle)  # type: ignore[no-any-return]
-            except LostResult:
-                group = self._shares_pass[task.client_id]
-                place = [each.client_id for each in group].index(task.client_id)
-                group = (*group[:place], task, *group[place + 1 :])
-                finished = split(next(iter(self._map([group], shared))), len(group))[place]
-                if finished.error is not None or isinstance(finished.value, ClientFailure):
-                    break
-                handle = finished.handle
-                self._made_again.append((task, finished.value))
-        raise QuorumError(f"the update of client {task.client_id} was lost and could not be made again", "resume the run")
+    def _make_again(self, task: ClientTask, shared: Any) -> Any:
+        """Run the task of an update that was lost with its node, in the pass that it shared: same bits; gives the new handle."""
+        group = self._shares_pass[task.client_id]
+        place = [each.client_id for each in group].index(task.client_id)
+        group = (*group[:place], task, *group[place + 1 :])
+        finished = split(next(iter(self._map([group], shared))), len(group))[place]
+        if finished.error is not None or isinstance(finished.value, ClientFailure):
+            raise _lost(task)
+        self._made_again.append((task, finished.value))
+        return finished.handle
 
     def _record(self, round_idx: int, updates: Sequence[ClientUpdate], rows: Sequence[Entry], seconds: float) -> dict[str, float]:
         """Write the round's lines and report its event; gives what tracking gets."""
@@ -531,3 +530,7 @@ def _charge(task: ClientTask, sent: Sequence[TensorInfo], outcome: Any, *, num_t
 def _duplicate(task: ClientTask) -> ClientFailure:
     error = "the client's reply came twice; the first one counts"
     return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage="reply", error=error)
+
+
+def _lost(whose: ClientTask | ClientUpdate) -> QuorumError:
+    return QuorumError(f"the update of client {whose.client_id} was lost and could not be made again", "resume the run")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedgraft.actors.hosting import Finished, Part
+from fedgraft.actors.hosting import Finished, ItemOf
 from fedgraft.platform.group_worker import GroupWorker
 from fedgraft.platform.grouping import passes, split
 from fedgraft.platform.rounds import RoundLoop
@@ -158,7 +158,7 @@ def test_a_lost_update_is_made_again_in_its_pass(make_job: Callable[..., Any], r
         loop._pool.fetch = once  # type: ignore[method-assign]
 
     ran = run_job(make_job({"name": "flex"}, worker={"engine": at_once(2)}, rounds=1), before=lose)
-    assert isinstance(lost[0], Part)
+    assert isinstance(lost[0], ItemOf)
     for key, value in calm.state.params.items():
         assert torch.equal(ran.state.params[key], value)
 
@@ -186,7 +186,7 @@ def test_what_comes_back_is_split() -> None:
     failure = ClientFailure(client_id=1, round_idx=1, stage="train", error="no")
     parts = split(Finished(index=0, value=["a", failure], handle="handle", num_tries=2), 2)
     assert [part.value for part in parts] == ["a", failure]
-    assert [part.handle for part in parts] == [Part("handle", 0), Part("handle", 1)]
+    assert [part.handle for part in parts] == [ItemOf("handle", 0), ItemOf("handle", 1)]
     assert [part.num_tries for part in parts] == [2, 2]
     dead = Finished(index=0, error="dead")
     assert split(dead, 2) == [dead, dead]
