@@ -169,7 +169,7 @@ class Stacking:
             self._real, self._tokens = None, self._rows
             return
         self._real = is_real.reshape(-1).nonzero().squeeze(1)
-        counts = [int(part.sum()) for part in is_real.split(list(rows))]
+        counts = [int(part.sum()) for part in torch.split(is_real, list(rows))]
         self._tokens = Segments.of(counts, device)
 
     @property

@@ -357,9 +357,7 @@ class _Steps:
         for (k, ref), value in zip(self._untouched, self._saved, strict=True):
             ref.view(engine._stacked[ref.name].data[k]).copy_(value)  # weight decay moves them even without a gradient
 
-    def _step_one(
-        self, name: str, alive: Sequence[int], value: torch.Tensor, grad: torch.Tensor, *moments: torch.Tensor
-    ) -> None:
+    def _step_one(self, name: str, alive: Sequence[int], value: torch.Tensor, grad: torch.Tensor, *moments: torch.Tensor) -> None:
         """PyTorch's AdamW or SGD on one stacked parameter, in place, each client at its own rate and count of steps."""
         spec = self.trainings[0].spec
         rate = self._rate_K[name][list(alive)]
@@ -486,15 +484,15 @@ def _losses(model: nn.Module, joined: _Joined) -> tuple[list[torch.Tensor], Call
     logits_NV = model.lm_head(hidden_RSD[:, :-1][is_counted])  # type: ignore[operator]
     labels_N = labels[is_counted]
     each_N = F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
-    counts = [int(part.sum()) for part in is_counted.split(list(joined.rows))]
-    losses = [each.mean() for each in each_N.split(counts)]
+    counts = [int(part.sum()) for part in torch.split(is_counted, list(joined.rows))]
+    losses = [each.mean() for each in torch.split(each_N, counts)]
 
     def output(at: int) -> StepOutput:
         width = joined.parts[at].input_ids.shape[1]
         return StepOutput(
-            hidden=hidden_RSD.split(list(joined.rows))[at][:, :width],
-            logits=logits_NV.split(counts)[at],
-            labels=labels_N.split(counts)[at],
+            hidden=torch.split(hidden_RSD, list(joined.rows))[at][:, :width],
+            logits=torch.split(logits_NV, counts)[at],
+            labels=torch.split(labels_N, counts)[at],
         )
 
     return losses, output

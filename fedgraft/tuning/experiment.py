@@ -30,7 +30,7 @@ from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import is_of_job, launch
 from fedgraft.platform.leftovers import remove_leftovers
 from fedgraft.platform.loading import dump_config, load_config
-from fedgraft.platform.plan import require_memory
+from fedgraft.platform.plan import require_memory, settle
 from fedgraft.platform.progress import Event
 from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison
 from fedgraft.platform.storage import written_whole
@@ -71,6 +71,7 @@ def run(
     elif config is None:
         raise FedgraftError("nothing to run: neither a config nor a folder to resume was given")
     else:
+        config = settle(config)
         require_memory(config)
         folder = new_folder(config.output.folder, config.name)
         with written_whole(folder / "config.yaml") as scratch:

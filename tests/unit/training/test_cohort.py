@@ -135,7 +135,9 @@ def test_clients_train_together_as_they_would_alone(name: str, ragged: bool, com
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3"])
 def test_in_every_family(family: str, compare: Callable[..., None]) -> None:
-    compare(Slots(adapters=(EVERYWHERE,), graft=GraftSpec(num_grafts=1, layers=(1,), num_neurons=8, gate_bias=0.0)), family=family)
+    compare(
+        Slots(adapters=(EVERYWHERE,), graft=GraftSpec(num_grafts=1, layers=(1,), num_neurons=8, gate_bias=0.0)), family=family
+    )
 
 
 def test_in_the_family_with_biases(compare: Callable[..., None]) -> None:
@@ -156,7 +158,7 @@ def test_each_optimiser_and_a_place_that_stays_empty(spec: TrainSpec, compare: C
 
 
 def test_masked_experts_and_slots_that_are_not_trained(compare: Callable[..., None]) -> None:
-    """Client 0 trains no attention, client 1 not its masked experts, client 2 all; weight decay moves none of what is left out."""
+    """Client 0 trains no attention, client 1 not its masked experts, client 2 all; weight decay moves nothing else."""
     masked: list[dict[int, list[int]]] = [{0: [0], 1: [3]}, {1: [1]}, {}]
 
     def is_trained(k: int, key: str) -> bool:
@@ -170,7 +172,9 @@ def test_masked_experts_and_slots_that_are_not_trained(compare: Callable[..., No
 
 def test_a_shut_graft_stays_as_it_is(compare: Callable[..., None]) -> None:
     def shut(k: int, values: Params) -> Params:
-        return values | {key: torch.full_like(values[key], float("-inf")) for key in values if k == 1 and "layers.0.mlp.graft.gate_b" in key}
+        return values | {
+            key: torch.full_like(values[key], float("-inf")) for key in values if k == 1 and "layers.0.mlp.graft.gate_b" in key
+        }
 
     compare(SLOTS["graft"], spec=TrainSpec(learning_rate=0.02, weight_decay=0.1), change=shut)
 
@@ -206,7 +210,8 @@ def test_a_client_whose_loss_is_not_finite_ends_alone(
     batches = [random_batch((6, 4), seed=seed) for seed in range(3)]
     spec = TrainSpec(learning_rate=0.02)
     trainings = [
-        Training(batches=batches, spec=spec, keys=tuple(engine.initial), after_backward=hook if k == 0 else None) for k in range(3)
+        Training(batches=batches, spec=spec, keys=tuple(engine.initial), after_backward=hook if k == 0 else None)
+        for k in range(3)
     ]
     first, second, (third, values) = together(engine, starts, trainings)
     assert str(first[0]) == "the hook of client 0"
