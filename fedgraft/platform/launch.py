@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedgraft.actors.driver import Driver
 from fedgraft.actors.hosting import JobContext
@@ -24,7 +25,7 @@ from fedgraft.errors import ClusterError, FedgraftError
 from fedgraft.platform.config import ExecutorConfig
 from fedgraft.platform.progress import Event
 
-__all__ = ["cluster", "is_of_job", "launch"]
+__all__ = ["Follower", "cluster", "driver_options", "end_driver", "is_of_job", "launch"]
 
 _POLL_S = 5.0
 """Longest wait for one batch of events; a batch returns as soon as there is one, so this only bounds a silent driver's death."""
@@ -58,50 +59,49 @@ def launch(job: Callable[[JobContext], Any], executor: ExecutorConfig, on_event:
         finally:
             torch.set_num_threads(threads)  # a notebook goes on with what it had
     with cluster(executor):
-        # No CPU is reserved for the driver: it waits while replicas work, and the replicas' cores are counted on their own.
-        options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": _DRIVER_RESTARTS, "max_task_retries": -1}
-        driver = ray.remote(Driver).options(**options).remote()
-        follower = _Follower(
-            driver,
-            driver.run.remote(job),
-            on_event,
-            silence_s=executor.heartbeat_s,
-            start_timeout_s=executor.start_timeout_s,
-        )
+        driver = ray.remote(Driver).options(**driver_options()).remote(job)
+        follower = Follower(driver, on_event, silence_s=executor.heartbeat_s, start_timeout_s=executor.start_timeout_s)
         try:
             with _first_interrupt(follower.stop, on_event):
                 return follower.follow()
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, FedgraftError):
-                raise cause from None
-            raise
-        except RayError as error:
-            raise ClusterError(
-                f"the driver actor died and is not restarted more than {_DRIVER_RESTARTS} times: {str(error).splitlines()[0]}",
-                "often too little memory; the run can be resumed",
-            ) from error
         finally:
-            ray.kill(driver)
-            remove_groups(driver._actor_id.hex())
+            end_driver(driver)
 
 
-class _Follower:
+def driver_options() -> dict[str, Any]:
+    """What Ray is told of a driver actor.
+
+    No CPU is reserved: it waits while replicas work, and their cores are counted on their own. It lies where the command runs,
+    if that node takes it: what the command has just written lies there, too.
+    """
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
+    return {
+        "num_cpus": 0,
+        "max_concurrency": 8,
+        "max_restarts": _DRIVER_RESTARTS,
+        "max_task_retries": -1,
+        "scheduling_strategy": here,
+    }
+
+
+def end_driver(driver: Any) -> None:
+    """End a driver at once, whatever it does, with its replicas and their places."""
+    ray.kill(driver)
+    remove_groups(driver._actor_id.hex())
+
+
+class Follower:
     """Hands over a driver's events until its job is over, across the driver's restarts.
 
     Args:
         driver: The actor.
-        result: What its job will give.
         on_event: Gets the events.
         silence_s: A driver that says nothing for so long, though it was asked twice, is frozen; it is restarted.
         start_timeout_s: Longest time that a driver may take to start, also again.
     """
 
-    def __init__(
-        self, driver: Any, result: Any, on_event: Callable[[Any], None], *, silence_s: float, start_timeout_s: float
-    ) -> None:
+    def __init__(self, driver: Any, on_event: Callable[[Any], None], *, silence_s: float, start_timeout_s: float) -> None:
         self._driver = driver
-        self._result = result
         self._on_event = on_event
         self._silence_s = silence_s
         self._start_timeout_s = start_timeout_s
@@ -113,7 +113,30 @@ class _Follower:
         self._driver.stop.remote()
 
     def follow(self) -> Any:
-        """Hand over events until the job is over, and give its result."""
+        """Hand over events until the job is over, and give its result.
+
+        Raises:
+            FedgraftError: Whatever the job raised.
+            ClusterError: The driver is gone, or does not start.
+        """
+        try:
+            return self._follow()
+        except RayTaskError as error:
+            if isinstance(error.cause, FedgraftError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            if getattr(error, "actor_init_failed", False):
+                raise ClusterError(
+                    f"the driver actor cannot be made: {str(error).strip().splitlines()[-1]}",
+                    "the same fedgraft must be installed on every node of the cluster",
+                ) from error
+            raise ClusterError(
+                f"the driver actor died and is not restarted more than {_DRIVER_RESTARTS} times: {str(error).splitlines()[0]}",
+                "often too little memory; the run can be resumed",
+            ) from error
+
+    def _follow(self) -> Any:
         epoch, seen = "", 0
         heard = time.monotonic()
         silent: tuple[object, ...] | None = None
@@ -142,9 +165,8 @@ class _Follower:
             seen += len(batch.events)
             for event in batch.events:
                 self._on_event(event)
-            # The job may have failed before it began: then the driver never says that it is over.
-            if batch.is_over or (not batch.events and ray.wait([self._result], timeout=0)[0]):
-                return ray.get(self._result)
+            if batch.is_over:
+                return ray.get(self._driver.result.remote())  # not before: a waiting call would hold one of its threads
 
     def _life(self) -> tuple[object, ...] | None:
         """Which process the driver is now; none while it starts."""

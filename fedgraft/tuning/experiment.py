@@ -12,7 +12,8 @@ test split is never looked at. One rate for all methods misleads: where LoRA is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,9 @@ from fedgraft.actors.hosting import JobContext
 from fedgraft.errors import (
     CheckpointError,
     ClusterError,
+    ConfigError,
     FedgraftError,
+    Problem,
     QuorumError,
     RunInterrupted,
     StorageError,
@@ -37,7 +40,7 @@ from fedgraft.platform.storage import written_whole
 from fedgraft.tuning.execution import Execution
 from fedgraft.tuning.locks import hold
 
-__all__ = ["Experiment", "new_folder", "run"]
+__all__ = ["Experiment", "new_folder", "open_folder", "read_result", "resumable", "run", "with_address"]
 
 _OTHER_S = 60.0
 """Longest wait for another driver in the same folder: that of a command that was killed lives on for seconds."""
@@ -47,6 +50,7 @@ def run(
     config: RunConfig | None = None,
     *,
     resume: Path | str | None = None,
+    address: str | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> RunResult | ComparisonResult:
     """Run an experiment from start to finish, or go on with one.
@@ -54,6 +58,7 @@ def run(
     Args:
         config: What to run, as ``load_config`` gives it; ``None`` only with ``resume``.
         resume: Folder of an experiment that was stopped or killed; finished runs in it are not run again.
+        address: Ray cluster to join, instead of ``executor.address``.
         on_event: Gets events while it runs, in this process.
 
     Returns:
@@ -62,25 +67,67 @@ def run(
     Raises:
         FedgraftError: With what to do next; what is finished stays in the folder.
     """
+    folder, config = open_folder(config, resume, address)
+    notify = on_event or (lambda event: None)
+    if is_of_job(folder):
+        text = f"{folder} lies in the job's temporary copy of its working directory: give output.folder a path that stays"
+        notify(Event(kind="note", data={"text": text}))
+    with resumable(folder):
+        launch(Experiment(str(folder)), config.executor, notify)
+    return read_result(folder, notify)
+
+
+def open_folder(
+    config: RunConfig | None,
+    resume: Path | str | None,
+    address: str | None,
+    *,
+    check: Callable[[RunConfig], object] | None = None,
+) -> tuple[Path, RunConfig]:
+    """Make the folder of an experiment, or open that of one to go on with; gives its configuration, too.
+
+    Args:
+        config, resume, address: As of ``run``. The address is not written down: it is this start's.
+        check: Called with the configuration before anything is made.
+
+    Raises:
+        FedgraftError: There is nothing to run, it cannot fit, or the folder cannot be made.
+    """
     if resume is not None:
         folder = Path(resume).resolve()
         if not (folder / "config.yaml").is_file():
             raise CheckpointError(f"{folder} holds no config.yaml", "name the folder of an experiment, e.g. runs/quickstart-...")
         config = load_config(folder / "config.yaml")
-        require_memory(config)
     elif config is None:
         raise FedgraftError("nothing to run: neither a config nor a folder to resume was given")
-    else:
-        require_memory(config)
+    here = config if address is None else with_address(config, address)
+    if check is not None:
+        check(here)
+    require_memory(here)
+    if resume is None:
         folder = new_folder(config.output.folder, config.name)
         with written_whole(folder / "config.yaml") as scratch:
             scratch.write_text(dump_config(config.absolute()))
-    notify = on_event or (lambda event: None)
-    if is_of_job(folder):
-        text = f"{folder} lies in the job's temporary copy of its working directory: give output.folder a path that stays"
-        notify(Event(kind="note", data={"text": text}))
+    return folder, here
+
+
+def with_address(config: RunConfig, address: str) -> RunConfig:
+    """The same run on a cluster that is named now.
+
+    Raises:
+        ConfigError: It is not for a cluster.
+    """
+    if config.executor.kind == "in_process":
+        problem = Problem(path="executor.kind", value="in_process", expected="ray, where a cluster's address is given")
+        raise ConfigError("--address", (problem,))
+    return config.model_copy(update={"executor": config.executor.model_copy(update={"address": address})})
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Say how to go on in whatever error ends an experiment that can be resumed."""
     try:
-        launch(Experiment(str(folder)), config.executor, notify)
+        yield
     except RunInterrupted as error:
         raise RunInterrupted(error.message, f"go on with: fedgraft run --resume {folder}") from None
     except (QuorumError, ClusterError, StorageError) as error:
@@ -89,6 +136,10 @@ def run(
         raise type(error)(error.message, hint) from None
     except KeyboardInterrupt:
         raise RunInterrupted("stopped at once", f"go on with: fedgraft run --resume {folder}") from None
+
+
+def read_result(folder: Path, notify: Callable[[Event], None]) -> RunResult | ComparisonResult:
+    """Read a finished experiment back, and say where it lies."""
     result = read_comparison(folder)
     report = folder / "report.html"
     notify(Event(kind="done", data={"folder": str(folder), "report": str(report) if report.is_file() else ""}))
