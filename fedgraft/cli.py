@@ -81,7 +81,10 @@ def run(
         typer.Option("--dry-run", help="Show the resolved configuration and the memory, bytes and time it needs; run nothing."),
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="RUN_FOLDER", help="Go on with a run that was stopped, in its folder.")
+        str | None,
+        typer.Option(
+            "--resume", metavar="RUN_FOLDER", help="Go on with a run that was stopped, in its folder; a URI is fetched into runs."
+        ),
     ] = None,
     detach: Annotated[
         bool, typer.Option("--detach", help="Leave the run to a running cluster and give its id; see attach, stop and status.")

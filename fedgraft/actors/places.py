@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import ray
@@ -10,7 +11,7 @@ import ray
 from fedgraft.actors.hosting import PoolOptions
 from fedgraft.errors import ClusterError
 
-__all__ = ["check_places", "count_places", "places"]
+__all__ = ["check_places", "choose_nodes", "count_places", "free_places", "places"]
 
 _LESS = "lower executor.replicas, executor.threads, engine.world_size or executor.gpus_per_replica, or join a larger cluster"
 
@@ -27,6 +28,43 @@ def count_places(nodes: Iterable[Mapping[str, float]], options: PoolOptions) -> 
     slack = 1 + 1e-9  # a third of a GPU three times is a whole one
     ranks = sum(min(math.floor(node.get(kind, 0.0) / amount * slack) for kind, amount in needed.items()) for node in nodes)
     return ranks // options.ranks
+
+
+def choose_nodes(
+    free: Mapping[str, int], count: int, placement: str | None, taken: Iterable[str | None] = ()
+) -> list[str | None]:
+    """Choose a node for each of ``count`` replicas; ``None`` where Ray is to choose.
+
+    Args:
+        free: How many more replicas each node has room for, by its id.
+        count: Replicas to place.
+        placement: ``spread``: each on a node that has the fewest, ``pack``: node after node, the roomiest first. Nodes that are
+            alike come in the order of their ids.
+        taken: Nodes of the replicas that are there already.
+    """
+    left = {node: room for node, room in free.items() if room > 0}
+    has = Counter(node for node in taken if node is not None)
+    chosen: list[str | None] = []
+    for _ in range(count):
+        if placement is None or not left:
+            chosen.append(None)
+            continue
+        if placement == "spread":
+            node = min(left, key=lambda each: (has[each], -left[each], each))
+        else:
+            node = min(left, key=lambda each: (not has[each], -free[each], each))
+        chosen.append(node)
+        has[node] += 1
+        left[node] -= 1
+        if not left[node]:
+            del left[node]
+    return chosen
+
+
+def free_places(options: PoolOptions) -> dict[str, int]:
+    """Count the replicas that each living node has room for now, with all their ranks on it, by the node's id."""
+    free = ray._private.state.available_resources_per_node()
+    return {node["NodeID"]: count_places([free.get(node["NodeID"], {})], options) for node in ray.nodes() if node["Alive"]}
 
 
 def places(options: PoolOptions) -> int:

@@ -54,7 +54,7 @@ def detach(config: RunConfig | None = None, *, resume: Path | str | None = None,
     folder, config = open_folder(config, resume, address, check=lambda found: find_cluster(found.executor))
     facts = {"folder": str(folder), "begun": f"{datetime.now():%Y-%m-%d %H:%M}"}
     with resumable(folder):
-        detached.begin(folder.name, Experiment(str(folder)), find_cluster(config.executor), facts)
+        detached.begin(folder.name, Experiment(str(folder), config.output.storage), find_cluster(config.executor), facts)
     return folder.name
 
 

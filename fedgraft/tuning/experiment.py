@@ -33,14 +33,16 @@ from fedgraft.platform.config import RunConfig
 from fedgraft.platform.launch import is_of_job, launch
 from fedgraft.platform.leftovers import remove_leftovers
 from fedgraft.platform.loading import dump_config, load_config
+from fedgraft.platform.mirror import Mirror, fetch_experiment
 from fedgraft.platform.plan import require_memory
 from fedgraft.platform.progress import Event
+from fedgraft.platform.remote import RemoteFolder, is_uri
 from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison
 from fedgraft.platform.storage import written_whole
-from fedgraft.tuning.execution import Execution
+from fedgraft.tuning.execution import Execution, experiment_store
 from fedgraft.tuning.locks import hold
 
-__all__ = ["Experiment", "new_folder", "open_folder", "read_result", "resumable", "run", "with_address"]
+__all__ = ["Experiment", "bring_back", "new_folder", "open_folder", "read_result", "resumable", "run", "with_address"]
 
 _OTHER_S = 60.0
 """Longest wait for another driver in the same folder: that of a command that was killed lives on for seconds."""
@@ -57,7 +59,8 @@ def run(
 
     Args:
         config: What to run, as ``load_config`` gives it; ``None`` only with ``resume``.
-        resume: Folder of an experiment that was stopped or killed; finished runs in it are not run again.
+        resume: Folder of an experiment that was stopped or killed, or its URI in a store, from which it is fetched into
+            ``runs``; finished runs in it are not run again.
         address: Ray cluster to join, instead of ``executor.address``.
         on_event: Gets events while it runs, in this process.
 
@@ -73,7 +76,8 @@ def run(
         text = f"{folder} lies in the job's temporary copy of its working directory: give output.folder a path that stays"
         notify(Event(kind="note", data={"text": text}))
     with resumable(folder):
-        launch(Experiment(str(folder)), config.executor, notify)
+        launch(Experiment(str(folder), config.output.storage), config.executor, notify)
+        bring_back(folder, config)
     return read_result(folder, notify)
 
 
@@ -94,6 +98,8 @@ def open_folder(
         FedgraftError: There is nothing to run, it cannot fit, or the folder cannot be made.
     """
     if resume is not None:
+        if is_uri(str(resume)):
+            resume = fetch_experiment(str(resume), Path("runs"))
         folder = Path(resume).resolve()
         if not (folder / "config.yaml").is_file():
             raise CheckpointError(f"{folder} holds no config.yaml", "name the folder of an experiment, e.g. runs/quickstart-...")
@@ -108,7 +114,19 @@ def open_folder(
         folder = new_folder(config.output.folder, config.name)
         with written_whole(folder / "config.yaml") as scratch:
             scratch.write_text(dump_config(config.absolute()))
+        store = experiment_store(config, folder)
+        if store is not None:
+            Mirror(folder, store).put()
     return folder, here
+
+
+def bring_back(folder: Path, config: RunConfig) -> None:
+    """Make the command's folder like the store's copy, where the driver ran on another node and went on there."""
+    store = experiment_store(config, folder)
+    if store is not None:
+        mirror = Mirror(folder, store)
+        if mirror.get():
+            mirror.get_private()
 
 
 def with_address(config: RunConfig, address: str) -> RunConfig:
@@ -151,10 +169,12 @@ def read_result(folder: Path, notify: Callable[[Event], None]) -> RunResult | Co
 class Experiment:
     """The job of an experiment, as the driver runs it. It carries only its folder: the configuration is read there.
 
-    So a user's own method never has to travel between processes; its file is named in the configuration.
+    So a user's own method never has to travel between processes; its file is named in the configuration. A driver on a node that
+    does not have the folder, or an older state of it, first gets it from ``storage``.
     """
 
     folder: str
+    storage: str | None = None
 
     def __call__(self, context: JobContext) -> None:
         """Run everything that is not finished yet, and write the report.
@@ -163,6 +183,8 @@ class Experiment:
             FedgraftError: Another process is at work in this folder.
         """
         folder = Path(self.folder)
+        if self.storage is not None:
+            Mirror(folder, RemoteFolder(self.storage).child(folder.name)).get()
         # The configuration is there before anything else and is never written again, so it serves as the lock's file, too.
         with hold(folder / "config.yaml", timeout_s=_OTHER_S, busy=f"another process is at work in {folder}"):
             remove_leftovers(folder)
