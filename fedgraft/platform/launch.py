@@ -22,13 +22,17 @@ from fedgraft.actors.hosting import JobContext
 from fedgraft.actors.local import LocalPool
 from fedgraft.actors.replica import remove_groups
 from fedgraft.errors import ClusterError, FedgraftError
-from fedgraft.platform.config import ExecutorConfig
+from fedgraft.platform.config import ExecutorConfig, RunConfig
+from fedgraft.platform.machine import gpu_memory
+from fedgraft.platform.packing import Gpus, is_to_work_out
 from fedgraft.platform.progress import Event
 
-__all__ = ["Follower", "cluster", "driver_options", "end_driver", "is_of_job", "launch"]
+__all__ = ["Follower", "cluster", "cluster_gpus", "driver_options", "end_driver", "is_joined", "is_of_job", "launch"]
 
 _POLL_S = 5.0
 """Longest wait for one batch of events; a batch returns as soon as there is one, so this only bounds a silent driver's death."""
+_GPU_ANSWER_S = 60.0
+"""Longest wait for GPUs to say how large they are."""
 _DRIVER_RESTARTS = 3
 """How often a driver that died is started again: what kills it four times will do so a fifth time."""
 
@@ -177,9 +181,49 @@ class Follower:
         self._on_event(Event(kind="note", data={"text": text}))
 
 
+def is_joined() -> bool:
+    """Whether this process is in a cluster already."""
+    return bool(ray.is_initialized())
+
+
 def is_of_job(folder: Path) -> bool:
     """Whether a folder lies in the copy of a working directory that Ray made for a submitted job, and that goes away with it."""
     return any(part.startswith("_ray_pkg_") for part in folder.parts)
+
+
+def cluster_gpus(config: RunConfig) -> tuple[Gpus, ...]:
+    """What each node of the cluster that this process is in has; GPUs are asked for their memory if that is to be known."""
+    asks = is_to_work_out(config) and config.executor.gpu_gib is None
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    refs = {}
+    for node in nodes:
+        if asks and node["Resources"].get("GPU", 0.0) >= 1:
+            there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            # Next to nothing of one GPU of the node: enough to see it.
+            task = ray.remote(gpu_memory).options(num_cpus=0, num_gpus=0.001, scheduling_strategy=there)
+            refs[node["NodeID"]] = task.remote()
+    if refs:
+        ray.wait(list(refs.values()), num_returns=len(refs), timeout=_GPU_ANSWER_S)
+    return tuple(
+        Gpus(
+            cores=float(node["Resources"].get("CPU", 0.0)),
+            gpus=float(node["Resources"].get("GPU", 0.0)),
+            gpu_bytes=_answer(refs.get(node["NodeID"])),
+        )
+        for node in nodes
+    )
+
+
+def _answer(ref: Any) -> int | None:
+    """A GPU's memory; ``None`` where it was not asked, does not answer (others use it), or is none that PyTorch sees."""
+    if ref is None:
+        return None
+    try:
+        found: int | None = ray.get(ref, timeout=0)
+    except (GetTimeoutError, RayError):
+        ray.cancel(ref, force=True)
+        return None
+    return found
 
 
 @contextmanager

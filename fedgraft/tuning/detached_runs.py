@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,11 +39,18 @@ class RunStatus:
     folder: str = ""
 
 
-def detach(config: RunConfig | None = None, *, resume: Path | str | None = None, address: str | None = None) -> str:
+def detach(
+    config: RunConfig | None = None,
+    *,
+    resume: Path | str | None = None,
+    address: str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> str:
     """Begin an experiment on a running cluster, or go on with one, and leave it to the cluster.
 
     Args:
         config, resume, address: As of ``fedgraft.run``; without an address, that of ``executor.address`` or ``RAY_ADDRESS``.
+        on_event: Gets what is said before it begins.
 
     Returns:
         The run's id, for ``attach`` and ``stop``.
@@ -51,9 +59,12 @@ def detach(config: RunConfig | None = None, *, resume: Path | str | None = None,
         ClusterError: There is no running cluster, or the run is under way already.
         FedgraftError: As of ``fedgraft.run``, whatever can be said before it begins.
     """
-    folder, config = open_folder(config, resume, address, check=lambda found: find_cluster(found.executor))
-    facts = {"folder": str(folder), "begun": f"{datetime.now():%Y-%m-%d %H:%M}"}
-    with resumable(folder):
+    with ExitStack() as stack:
+        folder, config = open_folder(
+            config, resume, address, stack, on_event or (lambda event: None), check=lambda found: find_cluster(found.executor)
+        )
+        facts = {"folder": str(folder), "begun": f"{datetime.now():%Y-%m-%d %H:%M}"}
+        stack.enter_context(resumable(folder))
         detached.begin(folder.name, Experiment(str(folder), config.output.storage), find_cluster(config.executor), facts)
     return folder.name
 

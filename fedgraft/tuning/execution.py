@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedgraft.actors.hosting import JobContext, Pool, PoolOptions
+from fedgraft.actors.places import places_by_node
 from fedgraft.data.prepare import prepare
 from fedgraft.data.prepared import MANIFEST_NAME, PreparedData
 from fedgraft.data.tokenise import load_tokenizer
@@ -56,7 +57,7 @@ from fedgraft.tuning.references import Reference, train_reference
 from fedgraft.tuning.shared_data import shared_data
 from fedgraft.types import Budget
 
-__all__ = ["Execution", "Outer", "experiment_store"]
+__all__ = ["Execution", "Outer", "experiment_store", "pool_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +80,23 @@ class Outer:
 def experiment_store(config: RunConfig, folder: Path) -> RemoteFolder | None:
     """Where an experiment is kept a second time: in the store, under its folder's name; ``None`` without a store."""
     return None if config.output.storage is None else RemoteFolder(config.output.storage).child(folder.name)
+
+
+def pool_options(config: RunConfig, replicas: int, *, in_group: bool = False) -> PoolOptions:
+    """How a run's replicas are made."""
+    return PoolOptions(
+        replicas=replicas,
+        ranks=config.engine.world_size,
+        threads=config.executor.threads,
+        gpus_per_replica=config.executor.gpus,
+        max_failures=config.federation.max_failures,
+        task_timeout_s=config.federation.task_timeout_s,
+        start_timeout_s=config.executor.start_timeout_s,
+        rank_grace_s=config.executor.rank_grace_s,
+        heartbeat_timeout_s=config.executor.heartbeat_s,
+        in_group=in_group,
+        placement=config.executor.placement,
+    )
 
 
 class Execution:
@@ -147,20 +165,9 @@ class Execution:
         first = PreparedData.open(self._data[config.seeds[0]])
         self._check_clients(first.num_clients)
         self._train_references(first.num_clients, self._base_folder, self._data)
+        options = pool_options(config, self._num_replicas(first.num_clients), in_group=self._outer is not None)
         self._pool = self._context.open_pool(
-            PoolOptions(
-                replicas=self._num_replicas(first.num_clients),
-                ranks=config.engine.world_size,
-                threads=config.executor.threads,
-                gpus_per_replica=config.executor.gpus_per_replica,
-                max_failures=config.federation.max_failures,
-                task_timeout_s=config.federation.task_timeout_s,
-                start_timeout_s=config.executor.start_timeout_s,
-                rank_grace_s=config.executor.rank_grace_s,
-                heartbeat_timeout_s=config.executor.heartbeat_s,
-                in_group=self._outer is not None,
-                placement=config.executor.placement,
-            ),
+            options,
             lambda text: self._emit("note", text=text),
         )
         self._emit("plan", total_rounds=self._total_rounds())
@@ -288,10 +295,15 @@ class Execution:
             raise ConfigError(str(self._folder / "config.yaml"), (problem,))
 
     def _num_replicas(self, num_clients: int) -> int:
-        """As the plan says, which a dry run shows; never more than clients of a round."""
-        planned = min(method.replicas for method in make_plan(self._config, this_machine()).methods)
+        """As the plan says, which a dry run shows, or as many as a cluster's nodes hold; never more than clients of a round."""
+        methods = make_plan(self._config, this_machine()).methods
+        planned = min(method.replicas for method in methods)
         if self._config.executor.replicas is not None:
             return planned
+        if self._config.executor.kind == "ray" and self._outer is None:
+            memory = max(method.need.ranks * method.need.rank.host for method in methods)
+            held = places_by_node(pool_options(self._config, 1), memory, max(method.need.rank.shared for method in methods))
+            planned = planned if held is None else held
         return max(1, min(planned, self._config.federation.cohort_size or num_clients, num_clients))
 
     def _base(self) -> Path:

@@ -13,12 +13,13 @@ test split is never looked at. One rate for all methods misleads: where LoRA is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from fedgraft.actors.hosting import JobContext
+from fedgraft.actors.places import check_places
 from fedgraft.errors import (
     CheckpointError,
     ClusterError,
@@ -30,16 +31,17 @@ from fedgraft.errors import (
     StorageError,
 )
 from fedgraft.platform.config import RunConfig
-from fedgraft.platform.launch import is_of_job, launch
+from fedgraft.platform.fitting import is_cluster
+from fedgraft.platform.launch import cluster, cluster_gpus, is_joined, is_of_job, launch
 from fedgraft.platform.leftovers import remove_leftovers
 from fedgraft.platform.loading import dump_config, load_config
 from fedgraft.platform.mirror import Mirror, fetch_experiment
-from fedgraft.platform.plan import require_memory
+from fedgraft.platform.plan import make_plan, this_machine
 from fedgraft.platform.progress import Event
 from fedgraft.platform.remote import RemoteFolder, is_uri
 from fedgraft.platform.results import ComparisonResult, RunResult, read_comparison
 from fedgraft.platform.storage import written_whole
-from fedgraft.tuning.execution import Execution, experiment_store
+from fedgraft.tuning.execution import Execution, experiment_store, pool_options
 from fedgraft.tuning.locks import hold
 
 __all__ = ["Experiment", "bring_back", "new_folder", "open_folder", "read_result", "resumable", "run", "with_address"]
@@ -70,21 +72,24 @@ def run(
     Raises:
         FedgraftError: With what to do next; what is finished stays in the folder.
     """
-    folder, config = open_folder(config, resume, address)
     notify = on_event or (lambda event: None)
-    if is_of_job(folder):
-        text = f"{folder} lies in the job's temporary copy of its working directory: give output.folder a path that stays"
-        notify(Event(kind="note", data={"text": text}))
-    with resumable(folder):
-        launch(Experiment(str(folder), config.output.storage), config.executor, notify)
-        bring_back(folder, config)
-    return read_result(folder, notify)
+    with ExitStack() as stack:
+        folder, config = open_folder(config, resume, address, stack, notify)
+        if is_of_job(folder):
+            text = f"{folder} lies in the job's temporary copy of its working directory: give output.folder a path that stays"
+            notify(Event(kind="note", data={"text": text}))
+        with resumable(folder):
+            launch(Experiment(str(folder), config.output.storage), config.executor, notify)
+            bring_back(folder, config)
+        return read_result(folder, notify)
 
 
 def open_folder(
     config: RunConfig | None,
     resume: Path | str | None,
     address: str | None,
+    stack: ExitStack,
+    notify: Callable[[Event], None],
     *,
     check: Callable[[RunConfig], object] | None = None,
 ) -> tuple[Path, RunConfig]:
@@ -92,6 +97,8 @@ def open_folder(
 
     Args:
         config, resume, address: As of ``run``. The address is not written down: it is this start's.
+        stack: Keeps the cluster joined that the run is for: what it has is looked at before anything is made.
+        notify: Gets what was worked out.
         check: Called with the configuration before anything is made.
 
     Raises:
@@ -109,8 +116,9 @@ def open_folder(
     here = config if address is None else with_address(config, address)
     if check is not None:
         check(here)
-    require_memory(here)
+    here = _settled(here, stack, notify)
     if resume is None:
+        config = _with_address(here, config.executor.address)
         folder = new_folder(config.output.folder, config.name)
         with written_whole(folder / "config.yaml") as scratch:
             scratch.write_text(dump_config(config.absolute()))
@@ -118,6 +126,27 @@ def open_folder(
         if store is not None:
             Mirror(folder, store).put()
     return folder, here
+
+
+def _settled(config: RunConfig, stack: ExitStack, notify: Callable[[Event], None]) -> RunConfig:
+    """The configuration with what was left open for this machine or cluster to decide; refuses what neither can give.
+
+    Raises:
+        ConfigError: It cannot fit.
+        ClusterError: The cluster has not enough of something, or cannot be joined.
+    """
+    gpus = None
+    has_cluster = config.executor.kind == "ray" and (is_cluster(config) or is_joined())
+    if has_cluster:
+        stack.enter_context(cluster(config.executor))
+        gpus = cluster_gpus(config)
+    plan = make_plan(config, this_machine(), gpus)
+    plan.require_fit()
+    if plan.gpus:
+        notify(Event(kind="note", data={"text": plan.gpus}))
+    if has_cluster:
+        check_places(pool_options(plan.settled, config.executor.replicas or 1))
+    return plan.settled
 
 
 def bring_back(folder: Path, config: RunConfig) -> None:
@@ -138,6 +167,10 @@ def with_address(config: RunConfig, address: str) -> RunConfig:
     if config.executor.kind == "in_process":
         problem = Problem(path="executor.kind", value="in_process", expected="ray, where a cluster's address is given")
         raise ConfigError("--address", (problem,))
+    return _with_address(config, address)
+
+
+def _with_address(config: RunConfig, address: str | None) -> RunConfig:
     return config.model_copy(update={"executor": config.executor.model_copy(update={"address": address})})
 
 

@@ -49,7 +49,7 @@ def trial_bundles(config: SweepConfig, run: RunConfig) -> tuple[dict[str, float]
     if executor.kind == "in_process":
         return (_bundle(executor.threads, config.resources.gpus_per_trial),)
     ranks = run.engine.world_size
-    each = _bundle(executor.threads, executor.gpus_per_replica / ranks)
+    each = _bundle(executor.threads, executor.gpus / ranks)
     return ({}, *[dict(each) for _ in range((executor.replicas or 1) * ranks)])
 
 
