@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class RemoteFolder:
             StorageError: It cannot be read here or written there.
         """
         opened, path = self._open(name)
-        scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+        scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")  # others may fetch the same at a time
         with _told(self, name, "fetched"):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -143,7 +144,7 @@ class RemoteFolder:
         """A stream to a file's new content. A disk shows what is half written, so there it is renamed; a store does not."""
         opened, path = self._open(name)
         is_disk = opened.type_name == "local"
-        written = f"{path}.{os.uname().nodename}-{os.getpid()}.part" if is_disk else path
+        written = f"{path}.{uuid.uuid4().hex}.part" if is_disk else path
         with _told(self, name, "written"):
             if is_disk:
                 opened.create_dir(path.rpartition("/")[0], recursive=True)
