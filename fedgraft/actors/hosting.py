@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
-__all__ = ["Finished", "JobContext", "LostResult", "LostShared", "Note", "Pool", "PoolOptions"]
+__all__ = ["Fetch", "Finished", "ItemOf", "JobContext", "LostResult", "LostShared", "Note", "Pool", "PoolOptions"]
 
 Note = Callable[[str], None]
 """Takes one sentence that the user should read."""
@@ -22,6 +22,10 @@ Note = Callable[[str], None]
 
 class LostResult(Exception):
     """A large result is gone, e.g. with the node that held it; the call that made it must be run again."""
+
+
+Fetch: TypeAlias = Callable[[int], Any]
+"""Gives the large result of one of the handles that a call was given."""
 
 
 class LostShared(Exception):
@@ -52,12 +56,20 @@ class PoolOptions:
     placement: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ItemOf:
+    """The handle of one part of a large result that is a list: ``fetch`` gives its item ``place``."""
+
+    handle: Any
+    place: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
     """One call of a map: the item's place, and its small result and handle, or the error after the last try.
 
     ``num_tries`` counts how often the call was started; ``replica`` says who finished it. ``followers`` are the small results
-    of the other ranks.
+    of the other ranks. ``lost`` is the place of a handle whose result is gone: ``error`` is set then, and no retry was made.
     """
 
     index: int
@@ -67,10 +79,13 @@ class Finished:
     num_tries: int = 1
     replica: int = 0
     followers: tuple[Any, ...] = ()
+    lost: int | None = None
 
 
 class Pool(Protocol):
-    """Replicas that host one object each."""
+    """Replicas that host one object each. Large results of up to ``inline_bytes`` come to the caller with the small ones."""
+
+    inline_bytes: int
 
     @property
     def size(self) -> int:
@@ -94,8 +109,20 @@ class Pool(Protocol):
         The hosted method returns a pair: the small and the large result.
         """
 
+    def apply(
+        self, function: Callable[[Any, Fetch], tuple[Any, Any]], items: Sequence[Any], handles: Sequence[Sequence[Any]]
+    ) -> Iterator[Finished]:
+        """Run ``function(item, fetch)`` for every item in the process of a replica that is free, in completion order.
+
+        Args:
+            function: Can be imported there. Returns a pair as a hosted method does. ``fetch(i)`` gives it the large result of
+                the item's handle i, which it must not write to.
+            items: One a call.
+            handles: Of large results, for each item.
+        """
+
     def fetch(self, handle: Any) -> Any:
-        """Give a large result.
+        """Give a large result, or a ``ItemOf`` of one.
 
         Raises:
             LostResult: It is gone.

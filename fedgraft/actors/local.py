@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fedgraft.actors.hosting import Finished, Note, PoolOptions
+from fedgraft.actors.hosting import Fetch, Finished, ItemOf, LostResult, Note, PoolOptions
 
 __all__ = ["LocalPool"]
 
@@ -18,6 +19,8 @@ class LocalPool:
     """
 
     size = 1
+    inline_bytes = sys.maxsize
+    """Every result is here already."""
 
     def __init__(self, options: PoolOptions, note: Note | None = None) -> None:
         self._hosted: Any = None
@@ -43,9 +46,28 @@ class LocalPool:
             value, handle = getattr(self._hosted, name)(item, shared)
             yield Finished(index=index, value=value, handle=handle)
 
+    def apply(
+        self, function: Callable[[Any, Fetch], tuple[Any, Any]], items: Sequence[Any], handles: Sequence[Sequence[Any]]
+    ) -> Iterator[Finished]:
+        """Run the items in order."""
+        for index, (item, held) in enumerate(zip(items, handles, strict=True)):
+            asked = 0
+
+            def fetch(place: int, held: Sequence[Any] = held) -> Any:
+                nonlocal asked
+                asked = place
+                return self.fetch(held[place])
+
+            try:
+                value, handle = function(item, fetch)
+            except LostResult as error:
+                yield Finished(index=index, error=str(error), lost=asked)
+            else:
+                yield Finished(index=index, value=value, handle=handle)
+
     def fetch(self, handle: Any) -> Any:
         """Nothing to do: the handle is the value."""
-        return handle
+        return handle.handle[handle.place] if isinstance(handle, ItemOf) else handle
 
     def close(self) -> None:
         """Let go of the hosted object."""

@@ -11,15 +11,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from fedgraft.actors.fleet import Fleet, brief, cause_of
 from fedgraft.actors.heartbeat import Heartbeats
-from fedgraft.actors.hosting import Finished, LostResult, LostShared, Note, PoolOptions
-from fedgraft.actors.replica import Shared
+from fedgraft.actors.hosting import Fetch, Finished, ItemOf, LostResult, LostShared, Note, PoolOptions
+from fedgraft.actors.replica import Large, LostHandle, Replica, Shared
+from fedgraft.actors.tensors import share_tensors
 from fedgraft.errors import BudgetViolation, ClusterError, GroupViolation, ReplicaError, StorageError
 
 __all__ = ["RayPool"]
@@ -37,7 +38,8 @@ class _Flight:
     """A call that is under way: which item, on which replica, until when, and the references of its results.
 
     ``waiting`` are the ranks' small results that are not there yet, by reference; ``values`` those that are, by rank.
-    ``error`` is what ended it before its end, ``was_lost`` whether that was the loss of the shared value.
+    ``error`` is what ended it before its end, ``was_lost`` whether that was the loss of the shared value, ``lost`` the place of a
+    handle that it needed and that is gone.
     """
 
     index: int
@@ -49,10 +51,15 @@ class _Flight:
     values: dict[int, Any] = field(default_factory=dict)
     error: str | None = None
     was_lost: bool = False
+    lost: int | None = None
 
     @property
     def is_over(self) -> bool:
         return self.error is not None or not self.waiting
+
+
+_Start: TypeAlias = Callable[[int, Replica], tuple[list[Any], Any]]
+"""Starts a call on the item of this index in a replica; gives the references of the small results and of the large one."""
 
 
 @dataclass(slots=True)
@@ -76,7 +83,11 @@ class RayPool:
         ClusterError: The cluster cannot give the replicas, said before waiting, or they do not start in time.
     """
 
+    inline_bytes = 64 << 10
+    """Ray sends results of up to 100 KiB to whoever asked for them, and keeps larger ones where they were made."""
+
     def __init__(self, options: PoolOptions, note: Note | None = None, *, may_shrink: bool = False) -> None:
+        share_tensors()
         self._options = options
         self._fleet = Fleet(options, note or _log.warning, may_shrink=may_shrink)
         self._beats = Heartbeats(options.heartbeat_timeout_s)
@@ -130,16 +141,26 @@ class RayPool:
 
     def map(self, name: str, items: Sequence[Any], shared: _Put) -> Iterator[Finished]:
         """Run the items on whichever replica is free; at most one call is under way on each."""
+        return self._each(len(items), lambda index, replica: replica.run(name, items[index], shared.place), shared)
+
+    def apply(
+        self, function: Callable[[Any, Fetch], tuple[Any, Any]], items: Sequence[Any], handles: Sequence[Sequence[Any]]
+    ) -> Iterator[Finished]:
+        """Run a function in the leaders of whichever replicas are free."""
+        large = [Large(tuple(each)) for each in handles]
+        return self._each(len(items), lambda index, replica: replica.apply(function, items[index], large[index]), None)
+
+    def _each(self, count: int, start: _Start, shared: _Put | None) -> Iterator[Finished]:
         self._beats.rest_all()  # of calls that nobody waits for any more
-        queue = deque(range(len(items)))
-        tries, failures = [0] * len(items), [0] * len(items)
+        queue = deque(range(count))
+        tries, failures = [0] * count, [0] * count
         idle = deque(self._fleet.replicas)
         flights: list[_Flight] = []
         while queue or flights:
             while queue and idle:
                 index, position = queue.popleft(), idle.popleft()
                 tries[index] += 1
-                refs, handle = self._fleet.replicas[position].run(name, items[index], shared.place)
+                refs, handle = start(index, self._fleet.replicas[position])
                 flights.append(self._take_off(index, position, refs, handle))
             flight = self._next(flights)
             if not flight.is_over:
@@ -151,7 +172,10 @@ class RayPool:
             if flight.error is None:
                 yield self._finished(flight, tries[index])
                 continue
-            if not (flight.was_lost and self._put_again(shared)):
+            if flight.lost is not None:
+                yield Finished(index=index, error=flight.error, num_tries=tries[index], replica=flight.replica, lost=flight.lost)
+                continue
+            if not (flight.was_lost and shared is not None and self._put_again(shared)):
                 failures[index] += 1
             if failures[index] < self._options.max_failures:
                 _log.warning("try %d of item %d failed (%s); it is run again", tries[index], index, flight.error)
@@ -166,7 +190,7 @@ class RayPool:
             handle=flight.handle,
             num_tries=num_tries,
             replica=flight.replica,
-            followers=tuple(flight.values[rank] for rank in range(1, self._options.ranks)),
+            followers=tuple(flight.values[rank] for rank in sorted(flight.values) if rank),
         )
 
     def _put_again(self, shared: _Put) -> bool:
@@ -228,8 +252,9 @@ class RayPool:
             if flight.handle is None:
                 raise cause from None  # of ``call``: what every replica is asked has no other one to try
             flight.was_lost = isinstance(raised.cause, LostShared)
+            flight.lost = raised.cause.place if isinstance(raised.cause, LostHandle) else None
             # The ranks of a replica may wait for each other, and a replica may say itself that it cannot go on.
-            is_broken = self._options.ranks > 1 or isinstance(cause, ReplicaError)
+            is_broken = (self._options.ranks > 1 and flight.lost is None) or isinstance(cause, ReplicaError)
             self._fail(flight, f"{type(cause).__name__}: {cause}", is_broken=is_broken)
             return
         except RayError as raised:
@@ -251,6 +276,8 @@ class RayPool:
 
     def fetch(self, handle: Any) -> Any:
         """Fetch a large result from the object store."""
+        if isinstance(handle, ItemOf):
+            return self.fetch(handle.handle)[handle.place]
         try:
             return ray.get(handle, timeout=self._options.task_timeout_s)
         except RayError as error:

@@ -21,11 +21,12 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from fedgraft.actors.hosting import LostShared, PoolOptions
+from fedgraft.actors.hosting import Fetch, ItemOf, LostResult, LostShared, PoolOptions
 from fedgraft.actors.places import choose_nodes, free_places
+from fedgraft.actors.tensors import share_tensors
 from fedgraft.errors import ClusterError
 
-__all__ = ["Rank", "Replica", "Shared", "remove_groups", "start_replicas"]
+__all__ = ["Large", "LostHandle", "Rank", "Replica", "Shared", "remove_groups", "start_replicas"]
 
 _NODE_LABEL = "ray.io/node-id"
 _SLICE_S = 5.0
@@ -39,10 +40,29 @@ class Shared:
     ref: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Large:
+    """Large results in the object store, wrapped for the same reason: each is fetched when it is asked for."""
+
+    refs: tuple[Any, ...]
+
+
+class LostHandle(LostResult):
+    """The result of the handle at ``place`` is gone."""
+
+    def __init__(self, place: int, why: str) -> None:
+        super().__init__(place, why)
+        self.place = place
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 class Rank:
     """One process of a replica: it hosts one object at a time. Made into an actor by ``start_replicas``."""
 
     def __init__(self) -> None:
+        share_tensors()
         self._hosted: Any = None
         self._shared: tuple[Any, Any] = (None, None)
 
@@ -97,6 +117,29 @@ class Rank:
         small, large = getattr(self._hosted, name)(item, self._shared[1])
         return small, large
 
+    def apply(self, function: Callable[[Any, Fetch], tuple[Any, Any]], item: Any, large: Large) -> tuple[Any, Any]:
+        """Run a function on an item and large results of earlier calls, whoever made them.
+
+        Raises:
+            LostHandle: One that the function asked for is gone.
+        """
+
+        lists: dict[Any, Any] = {}  # of several results that lie in one object
+
+        def fetch(place: int) -> Any:
+            handle = large.refs[place]
+            try:
+                if not isinstance(handle, ItemOf):
+                    return ray.get(handle)
+                if handle.handle not in lists:
+                    lists[handle.handle] = ray.get(handle.handle)
+                return lists[handle.handle][handle.place]
+            except RayError as error:
+                raise LostHandle(place, str(error)) from None
+
+        small, result = function(item, fetch)
+        return small, result
+
 
 class Replica:
     """The actors of one replica, leader first.
@@ -139,6 +182,11 @@ class Replica:
         """Start a call on an item in every rank; gives the references of their small results, and of the leader's large one."""
         pairs = [actor.run.options(num_returns=2).remote(name, item, shared) for actor in self._actors]
         return [small for small, _ in pairs], pairs[0][1]
+
+    def apply(self, function: Callable[[Any, Fetch], tuple[Any, Any]], item: Any, large: Large) -> tuple[list[Any], Any]:
+        """Start a function in the leader, the other ranks stay at rest; gives the references of its results as ``run`` does."""
+        small, result = self._actors[0].apply.options(num_returns=2).remote(function, item, large)
+        return [small], result
 
     def end(self) -> list[Any]:
         """Start the end of every rank; gives one reference a rank."""

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
-from fedgraft.actors.hosting import JobContext, PoolOptions
+from fedgraft.actors.hosting import Fetch, JobContext, PoolOptions
 from fedgraft.errors import GroupViolation, MethodError, RunInterrupted, StorageError
 
-__all__ = ["Counting", "Double", "Item", "act_once"]
+__all__ = ["Counting", "Double", "Item", "act_once", "add_up"]
 
 
 def act_once(act: str, once: Path) -> None:
@@ -87,6 +88,22 @@ class Double:
             elif item.act and item.once is not None:
                 act_once(item.act, item.once)
         return item.number + shared + rank * 1000, [item.number] * 200_000
+
+    def tensors(self, item: Item, shared: torch.Tensor) -> tuple[int, dict[str, torch.Tensor]]:
+        """Give this process and a large tensor: the shared one, with the item's number added."""
+        return os.getpid(), {"w": shared + item.number, "none": torch.empty(0, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def add_up(item: Item, fetch: Fetch) -> tuple[int, dict[str, torch.Tensor]]:
+    """Do ``item.act`` once, then add up ``item.number`` large results of ``Double.tensors``; gives this process and the sum."""
+    if item.act == "raise":
+        raise ValueError(f"item {item.number} is bad")
+    if item.act and item.once is not None:
+        act_once(item.act, item.once)
+    total = torch.zeros(())
+    for place in range(item.number):
+        total = total + fetch(place)["w"]
+    return os.getpid(), {"w": total}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

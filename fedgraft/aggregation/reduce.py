@@ -8,14 +8,21 @@ clients arrive, at most one partial sum a level waits, not the cohort.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from fedgraft.errors import UpdateError
 from fedgraft.types import Params
 
-__all__ = ["PartialSum", "TreeSum", "leaf", "merge"]
+__all__ = ["PartialSum", "TreeSum", "leaf", "merge", "sum_tree", "tree_of"]
+
+T = TypeVar("T")
+
+_CHUNK = 1 << 16
+"""Values of a chunk: its partial sums stay in a core's cache, so that a tensor is read from memory once, whatever the cohort."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -129,3 +136,69 @@ class TreeSum:
         if missing:
             raise UpdateError(f"places {missing[:5]} of a cohort of {self._size} are missing")
         return self._waiting.get((self._depth, 0)) or PartialSum()
+
+
+def tree_of(leaves: Iterable[T | None], add: Callable[[T, T], T]) -> T | None:
+    """Add up leaves in the order of their places, as the tree does; ``None`` is an empty place, or nobody at all.
+
+    Args:
+        leaves: One a place.
+        add: Adds two neighbouring subtrees, left before right; may consume them.
+    """
+    waiting: list[tuple[int, T | None]] = []  # by level, falling: the subtrees that are whole and wait for their right sibling
+    for leaf_value in leaves:
+        level, node = 0, leaf_value
+        while waiting and waiting[-1][0] == level:
+            node = _added(waiting.pop()[1], node, add)
+            level += 1
+        waiting.append((level, node))
+    node = None
+    while waiting:  # what is missing on the right lies outside of the cohort
+        node = _added(waiting.pop()[1], node, add)
+    return node
+
+
+def _added(left: T | None, right: T | None, add: Callable[[T, T], T]) -> T | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return add(left, right)
+
+
+def sum_tree(leaves: Sequence[tuple[torch.Tensor, float] | None]) -> torch.Tensor | None:
+    """Sum one key over a complete subtree: the bits of ``leaf`` and ``merge``, a chunk of the tensors at a time.
+
+    Args:
+        leaves: Tensor and weight of every place, all tensors of one shape; ``None`` where a client did not send the key.
+
+    Returns:
+        The sum of weight * tensor in float64; ``None`` where nobody sent it. Values that are not finite stay so in the sum.
+    """
+    given = [leaf_value for leaf_value in leaves if leaf_value is not None]
+    if not given:
+        return None
+    shape = given[0][0].shape
+    flat = [None if leaf_value is None else (leaf_value[0].reshape(-1), leaf_value[1]) for leaf_value in leaves]
+    size = shape.numel()
+    total = torch.empty(size, dtype=torch.float64)
+    free = [torch.empty(min(_CHUNK, size), dtype=torch.float64) for _ in range(max(len(leaves) - 1, 0).bit_length() + 1)]
+    for start in range(0, size, _CHUNK):
+        stop = min(start + _CHUNK, size)
+        spare = [buffer[: stop - start] for buffer in free]
+
+        def weighted(
+            place: tuple[torch.Tensor, float] | None, start: int = start, stop: int = stop, spare: list[torch.Tensor] = spare
+        ) -> torch.Tensor | None:
+            if place is None:
+                return None
+            product = spare.pop().copy_(place[0][start:stop])
+            return product if place[1] == 1.0 else product.mul_(place[1])
+
+        def add(left: torch.Tensor, right: torch.Tensor, spare: list[torch.Tensor] = spare) -> torch.Tensor:
+            left.add_(right)
+            spare.append(right)
+            return left
+
+        found = tree_of(map(weighted, flat), add)
+        assert found is not None
+        total[start:stop] = found
+    return total.reshape(shape)

@@ -51,6 +51,7 @@ __all__ = [
     "usable_cores",
 ]
 
+_MOST_AT_ONCE = 16  # beyond it a pass on a CPU gains nothing more (benchmarks/cohort.py)
 _EFFICIENCY = 0.3
 """Share of a plain product's speed that training reaches: attention, routing and optimiser are not products of this size."""
 
@@ -221,6 +222,7 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None, gpus: Sequ
         ModelError: The model's configuration cannot be read, it is of an unknown family, or the engine cannot do what is asked
             with it.
     """
+    config = settle(config, machine)
     hf_config = read_hf_config(config.model)
     model = size_model(config.model, hf_config)
     num_clients = _num_clients(config.data)
@@ -261,6 +263,33 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None, gpus: Sequ
         is_cluster=is_cluster(config),
         has_budgets=config.federation.budgets is not None,
     )
+
+
+def settle(config: RunConfig, machine: MachineFacts | None = None) -> RunConfig:
+    """Decide how many clients share a pass where ``engine.clients_at_once`` is ``auto``; what is decided belongs to the run.
+
+    It is the largest power of two, at most 16, that leaves every replica work in a round and fits the machine by the memory plan;
+    on a cluster that is joined, whose nodes are not known here, memory is not asked.
+
+    Args:
+        config: A valid configuration.
+        machine: What to plan for; ``None``: this machine.
+    """
+    if config.engine.clients_at_once != "auto":
+        return config
+    machine = machine or this_machine()
+    cohort = config.federation.cohort_size or _num_clients(config.data) or _MOST_AT_ONCE
+    size = 2 * _MOST_AT_ONCE
+    while True:
+        size //= 2
+        engine = config.engine.model_copy(update={"clients_at_once": size})
+        settled = config.model_copy(update={"engine": engine})
+        if size == 1:
+            return settled
+        plan = make_plan(settled, machine)
+        replicas = max(each.replicas for each in plan.methods)
+        if size * replicas <= max(cohort, replicas) and (plan.is_cluster or plan.refusal is None):
+            return settled
 
 
 def this_machine(speed: float = 1.0) -> MachineFacts:

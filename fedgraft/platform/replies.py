@@ -5,7 +5,7 @@ A reply that does not fit is a ``ClientFailure`` with stage ``reply``: named, co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from fedgraft.actors.hosting import Finished
 from fedgraft.types import ClientFailure, ClientTask, ClientUpdate, Federation, Params, ServerState, TensorInfo
 
-__all__ = ["EXTRA", "ReplyLimits", "address", "check_reply", "tensor_problem"]
+__all__ = ["EXTRA", "ReplyLimits", "address", "announced_key", "check_reply", "structure_problem", "values_problem"]
 
 EXTRA = "extras/"
 """Prefix of extras among the tensors of a reply; parameters stand under their keys."""
@@ -23,6 +23,7 @@ _SLOT_COPIES = 4
 """Without a limit of the user's, a reply may be as large as this many float32 copies of all slots: deltas, control variates,
 statistics; no method of ours sends more than two."""
 _SMALL_BYTES = 64 << 20
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,22 +95,33 @@ def _counts_problem(update: ClientUpdate, shape_LE: tuple[int, int]) -> str | No
     return None
 
 
-def tensor_problem(update: ClientUpdate, tensors: Params) -> str | None:
-    """Say what is wrong with the large half of a reply: names, shapes, dtypes other than announced, values not finite."""
-    announced: Mapping[str, TensorInfo] = {
-        info.key if info.group in ("shared", "assigned") else EXTRA + info.key: info
-        for info in update.payload
-        if info.group != "statistics"
-    }
+def announced_key(info: TensorInfo) -> str:
+    """What a tensor of the payload is called among the tensors of the reply."""
+    return info.key if info.group in ("shared", "assigned") else EXTRA + info.key
+
+
+def structure_problem(payload: Sequence[TensorInfo], tensors: Params) -> str | None:
+    """Say what is wrong with the large half of a reply: names, shapes, dtypes other than announced.
+
+    Args:
+        payload: What was announced, without statistics.
+        tensors: What there is.
+    """
+    announced = {announced_key(info): info for info in payload}
     if alien := sorted(announced.keys() ^ tensors.keys()):
         return f"the tensors are not those that were announced: {', '.join(alien[:3])}"
-    for key, tensor in tensors.items():
-        info = announced[key]
-        found = (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        if found != (info.shape, info.dtype):
-            return f"{key} has shape {found[0]} and dtype {found[1]}, announced were {info.shape} and {info.dtype}"
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return f"{key} has values that are not finite"
+    for key, info in announced.items():
+        tensor = tensors[key]
+        dtype = _DTYPES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
+        if tensor.shape != info.shape or dtype != info.dtype:
+            return f"{key} has shape {tuple(tensor.shape)} and dtype {dtype}, announced were {info.shape} and {info.dtype}"
+    return None
+
+
+def values_problem(key: str, tensor: torch.Tensor) -> str | None:
+    """Say so where a tensor has values that are not finite."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        return f"{key} has values that are not finite"
     return None
 
 

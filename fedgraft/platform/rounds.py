@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +15,16 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from fedgraft.actors.hosting import LostResult, Pool
+from fedgraft.actors.hosting import Finished, Pool
 from fedgraft.data.prepared import PreparedData
 from fedgraft.errors import CheckpointError, GroupViolation, QuorumError, RunInterrupted
 from fedgraft.platform.checkpoint import Checkpoint, hash_state, load_latest, save
 from fedgraft.platform.config import EvaluationConfig, FederationConfig
 from fedgraft.platform.evaluation import Evaluator
+from fedgraft.platform.grouping import passes, split
 from fedgraft.platform.ledger import Entry, describe, entries
 from fedgraft.platform.progress import Event
-from fedgraft.platform.reduction import RefusedUpdate, sum_updates
+from fedgraft.platform.reduction import RefusedUpdates, sum_updates
 from fedgraft.platform.replies import ReplyLimits, check_reply
 from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.sampling import sample_cohort
@@ -38,12 +39,12 @@ from fedgraft.types import (
     Broadcast,
     Budget,
     ClientFailure,
+    ClientGroup,
     ClientTask,
     ClientUpdate,
     Federation,
     Group,
     ParamRef,
-    Params,
     RoundPlan,
     ServerState,
     TensorInfo,
@@ -115,6 +116,8 @@ class RoundLoop:
         self._made_again: list[tuple[ClientTask, ClientUpdate]] = []
         self._parts: dict[int, dict[int, int]] = {}
         self._until = 0
+        self._at_once = 1
+        self._shares_pass: dict[int, tuple[ClientTask, ...]] = {}
         self.hosting_s = 0.0
 
     def run(self, until: int | None = None) -> ServerState:
@@ -137,6 +140,7 @@ class RoundLoop:
         self._refs = {ref.key: ref for ref in facts[0]["refs"]}
         method.federation = self._federation(facts[0])
         self._limits = ReplyLimits.of(method.federation, job.federation.max_update_bytes)
+        self._at_once = self._clients_at_once(facts[0].get("one_by_one"))
         frozen = facts[0]["frozen_hash"]
         rounds = method.num_rounds(job.rounds)
         evaluator = Evaluator(
@@ -187,6 +191,15 @@ class RoundLoop:
             self._folder.write_info(frozen_hash_end=frozen)
         self._folder.write_info(failures=self._failures)
         return state
+
+    def _clients_at_once(self, one_by_one: str | None) -> int:
+        """How many clients share a pass; said where it is one although more were asked for."""
+        wanted = self._job.worker.engine.clients_at_once
+        assert isinstance(wanted, int), "resolved before a run begins"
+        if wanted == 1 or one_by_one is None:
+            return wanted
+        self._note(f"clients train one after another, although engine.clients_at_once is {wanted}: {one_by_one}")
+        return 1
 
     def _federation(self, facts: Mapping[str, Any]) -> Federation:
         """What the method's server half may know: sizes, slots, and how many examples of which label each client has."""
@@ -299,32 +312,43 @@ class RoundLoop:
     def _train(
         self, tasks: Sequence[ClientTask], state: ServerState, shared: Any
     ) -> tuple[list[ClientUpdate | ClientFailure], list[Any], list[Entry]]:
-        """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times."""
+        """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times.
+
+        Clients that share a pass share its retry, too: what each of them gets depends on who was in it, if only by rounding.
+        """
         sent = [self._describe_sent(task, state) for task in tasks]  # refuses before anything leaves
         outcomes: list[ClientUpdate | ClientFailure | None] = [None] * len(tasks)
         handles: list[Any] = [None] * len(tasks)
         rows: list[list[Entry]] = [[] for _ in tasks]
-        left = list(range(len(tasks)))
-        is_over = [False] * len(tasks)
+        left = passes(len(tasks), self._at_once)
+        self._shares_pass = {tasks[at].client_id: tuple(tasks[i] for i in each) for each in left for at in each}
         for attempt in range(1, self._job.federation.max_failures + 1):
             answered: set[int] = set()
-            for finished in self._pool.map("update", [tasks[i] for i in left], shared):
-                position = left[finished.index]
-                task = tasks[position]
-                if position in answered:
-                    self._note_failure(_duplicate(task))
+            is_over: set[int] = set()
+            for finished in self._map([tuple(tasks[i] for i in each) for each in left], shared):
+                if finished.index in answered:
+                    for position in left[finished.index]:
+                        self._note_failure(_duplicate(tasks[position]))
                     continue
-                answered.add(position)
-                outcome = check_reply(task, state, finished, self._limits)
-                outcomes[position] = outcome
-                if isinstance(outcome, ClientUpdate):
-                    self._note_parts(task, outcome)
-                handles[position] = finished.handle
-                num_tries = finished.num_tries
-                down = (*sent[position], *self._describe_requested(outcome, state))
-                rows[position] += _charge(task, down, outcomes[position], num_tries=num_tries, attempt=attempt)
-                is_over[position] = finished.error is not None  # the pool has tried it max_failures times already
-            left = [i for i in left if isinstance(outcomes[i], ClientFailure) and not is_over[i]]
+                answered.add(finished.index)
+                if finished.error is not None:
+                    is_over.add(finished.index)  # the pool has tried it max_failures times already
+                for position, single in zip(left[finished.index], split(finished, len(left[finished.index])), strict=True):
+                    task = tasks[position]
+                    outcome = check_reply(task, state, single, self._limits)
+                    outcomes[position] = outcome
+                    if isinstance(outcome, ClientUpdate):
+                        self._note_parts(task, outcome)
+                    handles[position] = single.handle
+                    down = (*sent[position], *self._describe_requested(outcome, state))
+                    # What a client had sent in a pass that is run again was sent for nothing.
+                    rows[position] = [replace(row, is_retry=row.is_retry or row.direction == "up") for row in rows[position]]
+                    rows[position] += _charge(task, down, outcome, num_tries=single.num_tries, attempt=attempt)
+            left = [
+                each
+                for index, each in enumerate(left)
+                if index not in is_over and any(isinstance(outcomes[i], ClientFailure) for i in each)
+            ]
             if not left:
                 break
         for last in outcomes:
@@ -332,6 +356,12 @@ class RoundLoop:
                 self._note_failure(last)
         # In cohort order, whoever came first: the ledger is part of what must not depend on the replicas.
         return [last for last in outcomes if last is not None], handles, [row for each in rows for row in each]
+
+    def _map(self, groups: Sequence[tuple[ClientTask, ...]], shared: Any) -> Iterator[Finished]:
+        """Let replicas train clients, those of a group in one pass."""
+        if self._at_once == 1:
+            return self._pool.map("update", [task for (task,) in groups], shared)
+        return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared)
 
     def _note_failure(self, failure: ClientFailure) -> None:
         data: dict[str, Any] = {"client_id": failure.client_id, "stage": failure.stage, "error": failure.error}
@@ -383,42 +413,45 @@ class RoundLoop:
         state: ServerState,
         tasks: Sequence[ClientTask],
         outcomes: list[ClientUpdate | ClientFailure],
-        handles: Sequence[Any],
+        handles: list[Any],
         shared: Any,
     ) -> tuple[list[ClientUpdate], Reduced]:
         """Weigh and sum what came; an update whose tensors turn out bad becomes a failure, and the rest is weighed again.
 
         Handles are kept until the sum is whole: another pass needs them.
         """
+        again = [0] * len(tasks)
+
+        def make_again(position: int) -> Any:
+            outcome = outcomes[position]
+            assert isinstance(outcome, ClientUpdate)
+            again[position] += 1
+            if again[position] > self._job.federation.max_failures:
+                raise _lost(outcome)
+            return self._make_again(replace(tasks[position], num_parts=outcome.num_parts), shared)
+
         while True:
             updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
             self._check_quorum(updates, len(tasks), tasks[0].round_idx)
             weights = self._method.weigh(state, updates)
             check_weights(weights, len(updates))
-
-            def fetch(position: int) -> Params:
-                outcome = outcomes[position]
-                assert isinstance(outcome, ClientUpdate)
-                return self._fetch(replace(tasks[position], num_parts=outcome.num_parts), handles[position], shared)
-
             try:
-                return updates, sum_updates(tasks, outcomes, weights, fetch)
-            except RefusedUpdate as refused:
-                outcomes[refused.position] = refused.failure
-                self._note_failure(refused.failure)
+                return updates, sum_updates(tasks, outcomes, weights, handles, pool=self._pool, make_again=make_again)
+            except RefusedUpdates as refused:
+                for position, failure in refused.failures.items():
+                    outcomes[position] = failure
+                    self._note_failure(failure)
 
-    def _fetch(self, task: ClientTask, handle: Any, shared: Any) -> dict[str, torch.Tensor]:
-        """Fetch a client's tensors; if they were lost with their node, the task is run again: same task, same bits."""
-        for _ in range(self._job.federation.max_failures):
-            try:
-                return self._pool.fetch(handle)  # type: ignore[no-any-return]
-            except LostResult:
-                finished = next(iter(self._pool.map("update", [task], shared)))
-                if finished.error is not None or isinstance(finished.value, ClientFailure):
-                    break
-                handle = finished.handle
-                self._made_again.append((task, finished.value))
-        raise QuorumError(f"the update of client {task.client_id} was lost and could not be made again", "resume the run")
+    def _make_again(self, task: ClientTask, shared: Any) -> Any:
+        """Run the task of an update that was lost with its node, in the pass that it shared: same bits; gives the new handle."""
+        group = self._shares_pass[task.client_id]
+        place = [each.client_id for each in group].index(task.client_id)
+        group = (*group[:place], task, *group[place + 1 :])
+        finished = split(next(iter(self._map([group], shared))), len(group))[place]
+        if finished.error is not None or isinstance(finished.value, ClientFailure):
+            raise _lost(task)
+        self._made_again.append((task, finished.value))
+        return finished.handle
 
     def _record(self, round_idx: int, updates: Sequence[ClientUpdate], rows: Sequence[Entry], seconds: float) -> dict[str, float]:
         """Write the round's lines and report its event; gives what tracking gets."""
@@ -501,3 +534,7 @@ def _charge(task: ClientTask, sent: Sequence[TensorInfo], outcome: Any, *, num_t
 def _duplicate(task: ClientTask) -> ClientFailure:
     error = "the client's reply came twice; the first one counts"
     return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage="reply", error=error)
+
+
+def _lost(whose: ClientTask | ClientUpdate) -> QuorumError:
+    return QuorumError(f"the update of client {whose.client_id} was lost and could not be made again", "resume the run")

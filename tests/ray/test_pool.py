@@ -10,12 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 from ray.exceptions import ObjectLostError
 
 from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
 from fedgraft.actors.pool import RayPool
 from fedgraft.actors.replica import Shared
-from fedgraft.actors.testing import Double, Item
+from fedgraft.actors.testing import Double, Item, add_up
 from fedgraft.errors import ClusterError, FedgraftError, GroupViolation, StorageError
 
 pytestmark = pytest.mark.ray
@@ -180,3 +181,55 @@ def test_the_memory_monitors_kill_is_a_death_like_any_other(pool: RayPool, monke
     assert {index: done.value for index, done in found.items()} == {n: n + 100 for n in range(3)}
     assert found[1].num_tries == 2
     assert len(before & set(pool.call("pid"))) == 1
+
+
+@pytest.fixture
+def made(pool: RayPool) -> list[Finished]:
+    """Four large tensors, w = place + 10 everywhere, by whichever replica was free."""
+    found = list(pool.map("tensors", [Item(number=n) for n in range(4)], pool.share(torch.full((100_000,), 10.0))))
+    return sorted(found, key=lambda done: done.index)
+
+
+def test_functions_run_in_replicas_on_what_other_replicas_made(pool: RayPool, made: list[Finished]) -> None:
+    handles = [done.handle for done in made]
+    items = [Item(number=2), Item(number=1), Item(number=4), Item(number=0)]
+    held = [handles[:2], handles[3:], handles, []]
+    found = {done.index: done for done in pool.apply(add_up, items, held)}
+    assert {done.value for done in found.values()} <= set(pool.call("pid"))
+    sums = [float(pool.fetch(found[i].handle)["w"].max()) for i in range(4)]
+    assert sums == [21.0, 13.0, 46.0, 0.0]
+
+
+def test_tensors_are_mapped_where_they_lie(pool: RayPool, made: list[Finished]) -> None:
+    first, second = pool.fetch(made[1].handle), pool.fetch(made[1].handle)
+    assert first["w"].data_ptr() == second["w"].data_ptr(), "one memory for all who fetch it on this node"
+    assert (first["w"].dtype, first["w"].shape, set(first["w"].tolist())) == (torch.float32, (100_000,), {11.0})
+    assert (first["none"].shape, first["half"].tolist(), first["half"].dtype) == ((0, 3), [1.0, 1.0], torch.bfloat16)
+
+
+def test_a_replica_that_dies_in_a_function_costs_a_retry(pool: RayPool, made: list[Finished], tmp_path: Path) -> None:
+    handles = [done.handle for done in made]
+    items = [Item(number=4, act="die" if n == 1 else "", once=tmp_path / "died") for n in range(3)]
+    found = {done.index: done for done in pool.apply(add_up, items, [handles] * 3)}
+    assert [found[n].num_tries for n in range(3)] == [1, 2, 1]
+    assert all(float(pool.fetch(done.handle)["w"][0]) == 46.0 for done in found.values())
+    # What the dead replica had made is still in the store.
+    assert [float(pool.fetch(handle)["w"][0]) for handle in handles] == [10.0, 11.0, 12.0, 13.0]
+    (bad,) = pool.apply(add_up, [Item(number=0, act="raise")], [[]])
+    assert (bad.num_tries, bad.lost) == (2, None)
+    assert "item 0 is bad" in str(bad.error)
+
+
+def test_a_lost_result_is_named_by_its_place_and_nothing_is_tried_again(pool: RayPool, made: list[Finished]) -> None:
+    owner = _Owner.remote()
+    (lost,) = ray.get(owner.put.remote(100))
+    ray.kill(owner)
+    with pytest.raises(ObjectLostError):
+        for _ in range(300):
+            ray.get(lost)
+            time.sleep(0.1)
+    before = pool.call("pid")
+    (found,) = pool.apply(add_up, [Item(number=3)], [[made[0].handle, made[1].handle, lost]])
+    assert (found.lost, found.num_tries) == (2, 1)
+    assert found.error
+    assert pool.call("pid") == before, "no replica is to blame"

@@ -44,7 +44,7 @@ def test_every_mutation_is_valid_or_one_message_with_exit_code_2(fuzz: ModuleTyp
     counts, bad = fuzz.run(200, seed=0)
     print(counts)
     assert not bad, "\n\n".join(f"{mutation}\n{outcome.wrong}\n{outcome.text}" for mutation, outcome in bad[:5])
-    assert counts["valid"] >= 15
+    assert counts["valid"] >= 10
     assert counts["refused"] >= 120
     assert counts["valid"] + counts["refused"] == 200
 
