@@ -110,7 +110,7 @@ def is_on_gpu(config: RunConfig, num_gpus: int) -> bool:
     if config.engine.device == "cpu":
         return False
     in_process = config.executor.kind == "in_process" and config.engine.device == "auto" and num_gpus > 0
-    return config.engine.device == "cuda" or config.executor.gpus_per_replica > 0 or in_process
+    return config.engine.device == "cuda" or config.executor.gpus > 0 or in_process
 
 
 def rank_memory(config: RunConfig, model: ModelPlan, slots: SlotSizes, *, on_gpu: bool) -> RankMemory:

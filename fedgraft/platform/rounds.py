@@ -84,6 +84,7 @@ class RoundLoop:
         tracker: Gets one batch a round.
         emit: Gets an event a round, an evaluation and a failure.
         is_stopping: Asked before every round; then the run ends, resumable.
+        on_checkpoint: Called when a checkpoint has been written.
 
     Attributes:
         hosting_s: Seconds that the replicas took to build what they host.
@@ -97,8 +98,10 @@ class RoundLoop:
         tracker: Tracker,
         emit: Callable[[Event], None],
         is_stopping: Callable[[], bool],
+        on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self._job = job
+        self._on_checkpoint = on_checkpoint
         self._pool = pool
         self._tracker = tracker
         self._emit = emit
@@ -284,6 +287,7 @@ class RoundLoop:
         if round_idx % job.checkpoint_every == 0 or round_idx == self._until:
             checkpoint = Checkpoint(round_idx=round_idx, state=new_state, versions=self._versions)
             save(self._folder.checkpoint_folder, checkpoint, store=self._store)
+            self._on_checkpoint()
         return new_state
 
     def _task(

@@ -30,6 +30,8 @@ from fedgraft.moe.hashing import hash_params
 from fedgraft.moe.sharding import full_shape, gathered
 from fedgraft.moe.surgery import mask_experts
 from fedgraft.platform.ledger import describe, refuse_private
+from fedgraft.platform.node_files import Origin, require_seen
+from fedgraft.platform.remote import RemoteFolder
 from fedgraft.platform.session import ClientSession
 from fedgraft.platform.state_store import ClientStateStore
 from fedgraft.platform.task_checks import check_step, is_held
@@ -71,12 +73,13 @@ class WorkerSpec:
     ``base_folder`` and ``data_folder`` are read through memory maps; ``state_folder`` holds the clients' private state.
     ``method`` are the method's options as JSON values, so that a user's own class need not travel between processes. ``train``
     carries the optimiser's numbers, its learning rate replaced by each round's. ``engine`` is resolved; ``dtype`` is the base's;
-    ``timeout_s`` bounds one collective call between the ranks of a replica.
+    ``timeout_s`` bounds one collective call between the ranks of a replica. ``origin`` says where other nodes than the driver's
+    fetch base, data and method files from; without one they see the driver's paths.
     """
 
     base_folder: Path
     data_folder: Path
-    state_folder: Path
+    state_folder: Path | RemoteFolder
     method: Mapping[str, Any]
     method_files: tuple[Path, ...]
     run_seed: int
@@ -89,14 +92,21 @@ class WorkerSpec:
     evaluation_batch_size: int = 32
     max_new_tokens: int = 32
     max_generate: int | None = None
+    origin: Origin | None = None
 
     def build(self) -> ClientWorker:
-        """Make the worker in this process."""
-        if self.engine.clients_at_once == 1:
-            return ClientWorker(self)
+        """Make the worker in this process, with what its node has or fetches."""
+        spec = self
+        if self.origin is None:
+            require_seen((self.base_folder, self.data_folder))
+        else:
+            base, data, files = self.origin.bring()
+            spec = replace(self, base_folder=base, data_folder=data, method_files=files)
+        if spec.engine.clients_at_once == 1:
+            return ClientWorker(spec)
         from fedgraft.platform.group_worker import GroupWorker  # it is a worker, too
 
-        return GroupWorker(self)
+        return GroupWorker(spec)
 
 
 class ClientWorker:
