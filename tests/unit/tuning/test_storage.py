@@ -49,15 +49,15 @@ def make_config(make_base: Callable[..., Path], data_folder: Path, tmp_path: Pat
 def test_a_run_is_gone_on_with_from_the_store_alone(
     make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Full(Exception):
-        pass
+    class Killed(BaseException):
+        """Nobody tidies up after it."""
 
     def on_event(event: Event) -> None:
         if event.kind == "round" and event.data["round"] == 3:
-            raise Full  # of round 3 nothing is kept
+            raise Killed  # of round 3 nothing is kept
 
     storage = f"file://{tmp_path}/store"
-    with pytest.raises(Full):
+    with pytest.raises(Killed):
         fedgraft.run(make_config("kept", storage, training={"learning_rate": 0.01}), on_event=on_event)
     (name,) = {each.name for each in (tmp_path / "store").iterdir()} - {"bases", "data", "methods"}
     shutil.rmtree(tmp_path / "runs")
