@@ -60,6 +60,7 @@ __all__ = [
     "job_of",
     "machine",
     "pool_of",
+    "ratio",
     "ray_of_its_own",
     "run_rounds",
     "versions",
@@ -229,16 +230,24 @@ class Timed:
     pool: Pool
     tracker: Tracker = field(default_factory=lambda: Tracker(None, "", None))
     ends: list[float] = field(default_factory=list)
+    cpu_ends: list[float] = field(default_factory=list)
+
+    @property
+    def cpu(self) -> list[float]:
+        """Processor seconds of this process for each round but the first of the last part."""
+        return [after - before for before, after in zip(self.cpu_ends, self.cpu_ends[1:], strict=False)]
 
     def note(self, event: Event) -> None:
         """Take the time of a round's event."""
         if event.kind == "round":
             self.ends.append(time.perf_counter())
+            self.cpu_ends.append(time.process_time())
 
 
 def run_rounds(timed: Timed, until: int) -> tuple[ServerState, list[float]]:
     """Run a job up to a round; gives the state and the seconds of its rounds but the first of this part."""
     timed.ends.clear()
+    timed.cpu_ends.clear()
     loop = RoundLoop(timed.job, timed.pool, tracker=timed.tracker, emit=timed.note, is_stopping=lambda: False)
     state = loop.run(until)
     return state, [after - before for before, after in zip(timed.ends, timed.ends[1:], strict=False)]
@@ -271,6 +280,12 @@ def interleaved(parts: dict[str, Callable[[], float]], repeats: int) -> dict[str
         for name, part in parts.items():
             found[name].append(part())
     return {name: {"median": statistics.median(values), "all": values} for name, values in found.items()}
+
+
+def ratio(found: dict[str, dict[str, Any]], name: str, base: str) -> float:
+    """Median of the ratios of two parts of ``interleaved``, turn by turn: what slows one turn slows both."""
+    pairs = zip(found[name]["all"], found[base]["all"], strict=True)
+    return round(statistics.median(value / other for value, other in pairs), 3)
 
 
 class PeakMemory:

@@ -38,6 +38,7 @@ from hosted import (
     job_of,
     machine,
     pool_of,
+    ratio,
     ray_of_its_own,
     run_rounds,
     versions,
@@ -145,7 +146,7 @@ def measure(folder: Path, num_clients: int, num_bytes: int, rounds: int, repeats
         "round_s": round(found["fedgraft"]["median"], 4),
         "round_s_min": round(min(seconds), 4),
         "plain_ray_round_s": round(found["plain_ray"]["median"], 4),
-        "ratio": round(found["fedgraft"]["median"] / found["plain_ray"]["median"], 3),
+        "over_plain_ray": ratio(found, "fedgraft", "plain_ray"),
         "driver_mib": round(peak, 1),
         "rounds": rounds * repeats,
     }
