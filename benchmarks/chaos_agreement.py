@@ -32,6 +32,7 @@ PARTS: dict[str, Any] = {
     "methods": AGREEING,
     "federation": {"cohort_size": 5, "budgets": {"experts_per_layer": [2, 3, 4]}},
     "tracking": {"enabled": False},
+    "engine": {"clients_at_once": 2},  # flex and scaffold share passes; the other two fall back to one client after another
 }
 """What is the same wherever it runs."""
 

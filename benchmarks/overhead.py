@@ -14,8 +14,8 @@ hash.
     all_on       in this process with a checkpoint after every round and MLflow (SQLite), as a user's run has it by default
 
 ``over_plain`` is the median, turn by turn, of a part's time over the plain loop's; ``cpu_ms`` is what the loop's own thread
-computed (replicas and Ray not counted), which is steadier on a busy machine. Every turn begins anew, and its final parameters must
-be those of the plain loop to 1e-5. All parts run in turn, ``--repeats`` times. One JSON line on stdout.
+computed (replicas and Ray not counted), which is steadier on a busy machine. Every turn begins anew, and its final parameters
+must be those of the plain loop to 1e-5. All parts run in turn, ``--repeats`` times. One JSON line on stdout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Federated LoRA on a small MoE: fedgraft's own worker under its round loop, beside the loop one would write by hand.
 
     python benchmarks/workload_b.py                       plain, in this process, two replicas; five turns
-    python benchmarks/workload_b.py --cohort 4            with clients trained four at a time (engine.cohort_size)
+    python benchmarks/workload_b.py --cohort 4            with clients trained four at a time (engine.clients_at_once)
 
 Workload B: a Qwen2-MoE of 4 layers, hidden 128, 8 experts of which a token takes 2, vocabulary 512; LoRA of rank 8 on q, k, v
 and o; 16 clients with 20 sequences of 64 tokens, 8 drawn a round; 5 steps of AdamW on 4 sequences; the server takes the mean. The
@@ -11,8 +11,8 @@ base is written once and is the same for all parts.
     in_process   ``RoundLoop`` over ``ClientWorker`` in one process
     actors       the same with two replicas on a Ray of their own
 
-Each part is a process of its own, started in turn, ``--turns`` times, with one thread a process: a round's time is the median over
-all turns, without first rounds; ``start_s`` is from the start of the process to the end of round 1 (imports, Ray, the model, and
+Each part is a process of its own, started in turn, ``--turns`` times, with one thread a process: a round's time is the median
+over all turns, without first rounds; ``start_s`` is from the start of the process to the end of round 1 (imports, Ray, the model, and
 the round); ``pss_mib`` the most memory that its process tree took. All parts see the same cohorts, batches and start, and their
 LoRA must agree with the plain loop's to 1e-5. Off: checkpoints, tracking, evaluation. One JSON line on stdout.
 """
@@ -140,7 +140,7 @@ def run_fedgraft(folder: Path, rounds: int, *, replicas: int, cohort: int | None
     from fedgraft.training.config import EngineConfig
 
     forever = 1_000_000
-    engine: dict[str, Any] = {"name": "torch", "device": "cpu"} | ({} if cohort is None else {"cohort_size": cohort})
+    engine: dict[str, Any] = {"name": "torch", "device": "cpu"} | ({} if cohort is None else {"clients_at_once": cohort})
     with tempfile.TemporaryDirectory(dir=folder) as name:
         run = Path(name)
         worker = WorkerSpec(
@@ -264,7 +264,13 @@ def run(*, turns: int, rounds: int, parts: Sequence[str], cohort: int | None) ->
         "benchmark": "workload_b",
         "machine": machine(),
         "versions": versions("torch", "transformers", "peft", "ray"),
-        "features": {"cohort_size": cohort, "records": True, "state_hash": True, "checkpoints": False, "tracking": False},
+        "features": {
+            "clients_at_once": cohort or 1,
+            "records": True,
+            "state_hash": True,
+            "checkpoints": False,
+            "tracking": False,
+        },
         "rounds": rounds,
         "turns": turns,
         **summary_of(found),
@@ -298,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=4, help="rounds of a part; the first is not in round_s")
-    parser.add_argument("--cohort", type=int, help="clients that an engine trains at once (engine.cohort_size)")
+    parser.add_argument("--cohort", type=int, help="clients that an engine trains at once (engine.clients_at_once)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedgraft.platform.verify import Verification, verify
     from fedgraft.protocols import Method, MethodConfig
     from fedgraft.registry import METHODS
+    from fedgraft.tuning.detached_runs import RunStatus, attach, detach, status, stop
     from fedgraft.tuning.experiment import run
     from fedgraft.tuning.sweep import SweepResult, sweep
     from fedgraft.tuning.sweep_loading import load_sweep
@@ -50,9 +51,12 @@ __all__ = [
     "PretrainOutcome",
     "RunConfig",
     "RunResult",
+    "RunStatus",
     "SweepResult",
     "Verification",
+    "attach",
     "compare",
+    "detach",
     "examine",
     "export",
     "load_config",
@@ -66,6 +70,8 @@ __all__ = [
     "read_comparison",
     "read_run",
     "run",
+    "status",
+    "stop",
     "sweep",
     "verify",
 ]
@@ -83,9 +89,12 @@ _HOMES = {
     "PretrainOutcome": "fedgraft.platform.pretraining.command",
     "RunConfig": "fedgraft.platform.config",
     "RunResult": "fedgraft.platform.results",
+    "RunStatus": "fedgraft.tuning.detached_runs",
     "SweepResult": "fedgraft.tuning.sweep",
     "Verification": "fedgraft.platform.verify",
+    "attach": "fedgraft.tuning.detached_runs",
     "compare": "fedgraft.platform.comparison",
+    "detach": "fedgraft.tuning.detached_runs",
     "examine": "fedgraft.platform.doctor",
     "export": "fedgraft.platform.export",
     "load_config": "fedgraft.platform.loading",
@@ -99,6 +108,8 @@ _HOMES = {
     "read_comparison": "fedgraft.platform.results",
     "read_run": "fedgraft.platform.results",
     "run": "fedgraft.tuning.experiment",
+    "status": "fedgraft.tuning.detached_runs",
+    "stop": "fedgraft.tuning.detached_runs",
     "sweep": "fedgraft.tuning.sweep",
     "verify": "fedgraft.platform.verify",
 }

@@ -38,6 +38,13 @@ app = typer.Typer(
 )
 
 
+_Address = Annotated[
+    str | None,
+    typer.Option("--address", metavar="HOST:PORT", help="Ray cluster to join; else executor.address, else RAY_ADDRESS."),
+]
+_RunId = Annotated[str, typer.Argument(metavar="ID", help="As fedgraft run --detach gave it; fedgraft status lists them.")]
+
+
 def main() -> None:
     """Run the command line; the entry point of the command ``fedgraft``."""
     app()
@@ -74,27 +81,99 @@ def run(
         typer.Option("--dry-run", help="Show the resolved configuration and the memory, bytes and time it needs; run nothing."),
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="RUN_FOLDER", help="Go on with a run that was stopped, in its folder.")
+        str | None,
+        typer.Option(
+            "--resume", metavar="RUN_FOLDER", help="Go on with a run that was stopped, in its folder; a URI is fetched into runs."
+        ),
     ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Leave the run to a running cluster and give its id; see attach, stop and status.")
+    ] = False,
+    address: _Address = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show failures, notes and the result only.")] = False,
 ) -> None:
     """Run a configuration: one method, or several side by side."""
     source, overrides = _split(arguments or [])
+    if detach and dry_run:
+        raise typer.BadParameter("a dry run begins nothing that could be detached", param_hint="--detach")
     if resume is not None and (arguments or dry_run):
         raise typer.BadParameter("a resumed run keeps its configuration: give --resume RUN_FOLDER alone", param_hint="--resume")
     output = Console()
     with _errors():
+        from fedgraft.platform.progress import make_display
+        from fedgraft.tuning.experiment import with_address
+
         if resume is None:
             config = fedgraft.load_config(source, overrides)
             if dry_run:
+                if address is not None:
+                    config = with_address(config, address)
                 plan = fedgraft.make_plan(config)
                 _show(plan, output)
                 plan.require_fit()
                 return
         else:
             config = None
-        result = _follow(config, resume, quiet, output)
+        if detach:
+            run_id = fedgraft.detach(config, resume=resume, address=address)
+            output.print(Text(run_id), soft_wrap=True)
+            if not quiet:
+                typer.echo(f"it goes on by itself: fedgraft attach {run_id}, fedgraft stop {run_id}, fedgraft status", err=True)
+            return
+        with make_display(output, quiet) as display:
+            result = fedgraft.run(config, resume=resume, address=address, on_event=display)
         _show_result(result, output)
+
+
+@app.command()
+def attach(
+    run_id: _RunId,
+    address: _Address = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show failures, notes and the result only.")] = False,
+) -> None:
+    """Follow a run that was left to a cluster, from its beginning to its end; Ctrl-C leaves it, and it goes on."""
+    with _errors():
+        from fedgraft.platform.progress import make_display
+
+        output = Console()
+        with make_display(output, quiet) as display:
+            result = fedgraft.attach(run_id, address=address, on_event=display)
+        if result is not None:
+            _show_result(result, output)
+
+
+@app.command()
+def stop(
+    run_id: _RunId,
+    address: _Address = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="At once, not after the round that it is in; the round is run again.")
+    ] = False,
+) -> None:
+    """End a run that was left to a cluster; it can be resumed."""
+    with _errors():
+        folder = fedgraft.stop(run_id, address=address, is_at_once=now)
+        where = "its folder" if folder is None else str(folder)
+        Console().print(Text(f"stopped {run_id}; go on with: fedgraft run --resume {where}"), soft_wrap=True)
+
+
+@app.command()
+def status(
+    address: _Address = None,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of runs to list, too.")] = Path("runs"),
+) -> None:
+    """List the runs that were left to a cluster, and those in a folder of runs."""
+    with _errors():
+        found = fedgraft.status(address=address, runs=runs)
+    if not found:
+        typer.echo("no runs")
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("run", "status", "progress", "begun", "folder"):
+        table.add_column(title, overflow="fold")
+    for each in found:
+        table.add_row(*(Text(text) for text in (each.run_id, each.status, each.progress, each.begun, each.folder)))
+    _show(table, Console())
 
 
 @app.command()
@@ -372,13 +451,6 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     if arguments and "=" not in arguments[0]:
         return arguments[0], arguments[1:]
     return None, arguments
-
-
-def _follow(config: Any, resume: Path | None, quiet: bool, output: Console) -> Any:
-    from fedgraft.platform.progress import make_display
-
-    with make_display(output, quiet) as display:
-        return fedgraft.run(config, resume=resume, on_event=display)
 
 
 def _show_result(result: Any, output: Console) -> None:

@@ -284,6 +284,8 @@ class Method(ABC):
     ``holds`` (the experts of its assignment) or ``trains`` (the experts that have a gradient in one local step; the momentum of
     the local optimiser may still move others), or ``none``.
     ``needs_whole_model`` says that hooks look into MoE blocks while they run, which sharded weights and experts do not allow.
+    ``batched_hooks`` names hooks that may run while several clients train in one pass: they know the client's engine only by
+    ``read``, ``read_gradients``, ``write_gradients`` and ``model.named_parameters()``. ``why_one_by_one`` tells what forbids it.
     ``is_slots_only`` says that a client's model is the base and its slots' values, so that it can be exported; not where masks,
     gates or counts of ``build`` belong to it.
 
@@ -303,6 +305,7 @@ class Method(ABC):
     budget_use: ClassVar[Literal["none", "holds", "trains"]] = "none"
     needs_whole_model: bool = False
     is_slots_only: bool = True
+    batched_hooks: ClassVar[frozenset[str]] = frozenset()
     config_class: ClassVar[type[MethodConfig]]
     federation: Federation
 
@@ -337,6 +340,15 @@ class Method(ABC):
     def bounds_experts(self) -> bool:
         """Whether the options by themselves bound the experts that clients hold or train, without any budget."""
         return False
+
+    def why_one_by_one(self) -> str | None:
+        """Say which hook of the client's half keeps clients from training in one pass; ``None``: none does."""
+        for name in ("build", "objective", "local", "terms", "after_backward"):
+            owner = next(each for each in type(self).__mro__ if name in vars(each))
+            # Whoever writes a hook says so in the same class: a subclass may do something else in it.
+            if owner is not Method and name not in vars(owner).get("batched_hooks", ()):
+                return f"{self.name} has its own {name}"
+        return None
 
     def own_values(self, private: Params) -> Params:
         """Give the values of slots, by slot key, that a client keeps in its private state under other names than the slots'.

@@ -11,8 +11,9 @@ it; whatever must last is the job's to write down.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from fedgraft.actors.hosting import JobContext
 from fedgraft.actors.pool import RayPool
 from fedgraft.actors.replica import remove_groups
 
-__all__ = ["Driver", "Events"]
+__all__ = ["About", "Driver", "Events"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,47 +36,76 @@ class Events:
     is_over: bool
 
 
-class Driver:
-    """Runs one job in one thread while others ask for its events or tell it to stop. Made into an actor by the launcher."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What a driver tells of its job: the facts it was begun with, its last events, and whether it is over or asked to stop."""
 
-    def __init__(self) -> None:
+    facts: Mapping[str, Any]
+    events: tuple[Any, ...]
+    is_over: bool
+    is_stopping: bool
+
+
+class Driver:
+    """Runs one job in a thread of its own while others ask for its events or tell it to stop. Made into an actor by the launcher.
+
+    The job comes with the actor, not with a call: Ray keeps it, so a driver that died begins it again although whoever started
+    it may be gone.
+
+    Args:
+        job: Called once in this life of the driver.
+        facts: What ``about`` tells of the job; JSON values.
+        lingers_s: How long a driver that nobody owns stays after its job's end, for those who follow it; then it ends itself.
+            ``None``: it stays until its owner ends it.
+    """
+
+    def __init__(
+        self,
+        job: Callable[[JobContext], Any],
+        *,
+        facts: Mapping[str, Any] | None = None,
+        lingers_s: float | None = None,
+    ) -> None:
         self._epoch = uuid.uuid4().hex
+        self._facts = dict(facts or {})
         self._events: list[Any] = []
         self._changed = threading.Condition()
-        self._is_begun = False
         self._is_over = False
         self._outcome: tuple[Any, BaseException | None] = (None, None)
         self._stop = threading.Event()
+        threading.Thread(target=self._carry_out, args=(job, lingers_s), name="job", daemon=True).start()
 
-    def run(self, job: Callable[[JobContext], Any]) -> Any:
-        """Run the job to its end and give its result; errors reach the caller as they were raised.
-
-        Ray may send a call again that it believes lost, e.g. when a connection broke: then the job that is under way is waited
-        for, and none is begun beside it.
-        """
-        with self._changed:
-            if self._is_begun:
-                self._changed.wait_for(lambda: self._is_over)
-                result, error = self._outcome
-                if error is not None:
-                    raise error
-                return result
-            self._is_begun = True
-        context = ray.get_runtime_context()
-        is_restarted = context.was_current_actor_reconstructed
-        if is_restarted:
-            remove_groups(context.get_actor_id() or "")  # they hold the cores that the new replicas need
-        open_pool = partial(RayPool, may_shrink=is_restarted)
+    def _carry_out(self, job: Callable[[JobContext], Any], lingers_s: float | None) -> None:
         try:
+            context = ray.get_runtime_context()
+            is_restarted = context.was_current_actor_reconstructed
+            if is_restarted:
+                remove_groups(context.get_actor_id() or "")  # they hold the cores that the new replicas need
+            open_pool = partial(RayPool, may_shrink=is_restarted)
             self._outcome = job(JobContext(emit=self._emit, open_pool=open_pool, is_stopping=self._stop.is_set)), None
-            return self._outcome[0]
-        except BaseException as error:
+        except BaseException as error:  # it is raised where the result is asked for
             self._outcome = None, error
-            raise
-        finally:
-            with self._changed:
-                self._is_over = True
-                self._changed.notify_all()
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
+        if lingers_s is not None:
+            time.sleep(lingers_s)
+            ray.kill(ray.get_runtime_context().current_actor)
+
+    def result(self) -> Any:
+        """Wait for the job's end and give its result; errors reach the caller as they were raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_over)
+        result, error = self._outcome
+        if error is not None:
+            raise error
+        return result
+
+    def about(self, num_events: int) -> About:
+        """Tell of the job, with its last events."""
+        with self._changed:
+            events = tuple(self._events[-num_events:]) if num_events else ()
+            return About(facts=self._facts, events=events, is_over=self._is_over, is_stopping=self._stop.is_set())
 
     def _emit(self, event: Any) -> None:
         with self._changed:

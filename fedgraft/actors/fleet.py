@@ -117,7 +117,8 @@ class Fleet:
             return self._is_hopeless()
 
         try:
-            found = start_replicas(self._options, 1, owner=self._owner, is_hopeless=is_hopeless)[0]
+            taken = [replica.node for replica in self.replicas.values()]
+            found = start_replicas(self._options, 1, owner=self._owner, is_hopeless=is_hopeless, taken=taken)[0]
         except ClusterError as raised:
             return None, raised.message
         error = None if self._factory is None else self._await(found.host(self._factory), deadline, is_hopeless)

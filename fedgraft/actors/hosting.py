@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-__all__ = ["Fetch", "Finished", "JobContext", "LostResult", "LostShared", "Note", "Pool", "PoolOptions"]
+__all__ = ["Fetch", "Finished", "ItemOf", "JobContext", "LostResult", "LostShared", "Note", "Pool", "PoolOptions"]
 
 Note = Callable[[str], None]
 """Takes one sentence that the user should read."""
@@ -40,6 +40,7 @@ class PoolOptions:
     long a rank may give no sign of life while it works; a quarter of it is spent between two signs, so a rank that cannot answer
     for three quarters of it (a long call in C that holds Python's lock, a busy machine) is never taken for a frozen one.
     ``in_group``: every rank takes a bundle of the placement group that the caller is in, instead of what is free on the cluster.
+    ``placement``: ``spread`` over as many nodes as there are, ``pack`` onto as few; ``None``: wherever Ray puts them.
     """
 
     replicas: int
@@ -52,6 +53,15 @@ class PoolOptions:
     rank_grace_s: float = 60.0
     heartbeat_timeout_s: float = 60.0
     in_group: bool = False
+    placement: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ItemOf:
+    """The handle of one part of a large result that is a list: ``fetch`` gives its item ``place``."""
+
+    handle: Any
+    place: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +123,7 @@ class Pool(Protocol):
         """
 
     def fetch(self, handle: Any) -> Any:
-        """Give a large result.
+        """Give a large result, or a ``ItemOf`` of one.
 
         Raises:
             LostResult: It is gone.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fedgraft.actors.hosting import Fetch, Finished, LostResult, Note, PoolOptions
+from fedgraft.actors.hosting import Fetch, Finished, ItemOf, LostResult, Note, PoolOptions
 
 __all__ = ["LocalPool"]
 
@@ -67,7 +67,7 @@ class LocalPool:
 
     def fetch(self, handle: Any) -> Any:
         """Nothing to do: the handle is the value."""
-        return handle
+        return handle.handle[handle.place] if isinstance(handle, ItemOf) else handle
 
     def close(self) -> None:
         """Let go of the hosted object."""

@@ -18,7 +18,7 @@ from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTa
 
 from fedgraft.actors.fleet import Fleet, brief, cause_of
 from fedgraft.actors.heartbeat import Heartbeats
-from fedgraft.actors.hosting import Fetch, Finished, LostResult, LostShared, Note, PoolOptions
+from fedgraft.actors.hosting import Fetch, Finished, ItemOf, LostResult, LostShared, Note, PoolOptions
 from fedgraft.actors.replica import Large, LostHandle, Replica, Shared
 from fedgraft.actors.tensors import share_tensors
 from fedgraft.errors import BudgetViolation, ClusterError, GroupViolation, ReplicaError, StorageError
@@ -294,6 +294,8 @@ class RayPool:
 
     def fetch(self, handle: Any) -> Any:
         """Fetch a large result from the object store."""
+        if isinstance(handle, ItemOf):
+            return self.fetch(handle.handle)[handle.place]
         try:
             return ray.get(handle, timeout=self._options.task_timeout_s)
         except RayError as error:

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,16 @@ from ray.util.placement_group import (
     placement_group_table,
     remove_placement_group,
 )
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from fedgraft.actors.hosting import Fetch, LostResult, LostShared, PoolOptions
+from fedgraft.actors.hosting import Fetch, ItemOf, LostResult, LostShared, PoolOptions
+from fedgraft.actors.places import choose_nodes, free_places
 from fedgraft.actors.tensors import share_tensors
 from fedgraft.errors import ClusterError
 
 __all__ = ["Large", "LostHandle", "Rank", "Replica", "Shared", "remove_groups", "start_replicas"]
 
+_NODE_LABEL = "ray.io/node-id"
 _SLICE_S = 5.0
 """How often the wait for a place asks whether there still is one to wait for."""
 
@@ -125,9 +127,16 @@ class Rank:
             LostHandle: One that the function asked for is gone.
         """
 
+        lists: dict[Any, Any] = {}  # of several results that lie in one object
+
         def fetch(place: int) -> Any:
+            handle = large.refs[place]
             try:
-                return ray.get(large.refs[place])
+                if not isinstance(handle, ItemOf):
+                    return ray.get(handle)
+                if handle.handle not in lists:
+                    lists[handle.handle] = ray.get(handle.handle)
+                return lists[handle.handle][handle.place]
             except RayError as error:
                 raise LostHandle(place, str(error)) from None
 
@@ -136,11 +145,15 @@ class Rank:
 
 
 class Replica:
-    """The actors of one replica, leader first; ``group`` is the placement group that ends with it, if it has one of its own."""
+    """The actors of one replica, leader first.
 
-    def __init__(self, actors: list[Any], group: Any = None) -> None:
+    ``group`` is the placement group that ends with it, if it has one of its own; ``node`` the node that was chosen for it.
+    """
+
+    def __init__(self, actors: list[Any], group: Any = None, node: str | None = None) -> None:
         self._actors = actors
         self._group = group
+        self.node = node
 
     @property
     def num_ranks(self) -> int:
@@ -197,7 +210,12 @@ class Replica:
 
 
 def start_replicas(
-    options: PoolOptions, count: int, *, owner: str = "", is_hopeless: Callable[[], bool] = lambda: False
+    options: PoolOptions,
+    count: int,
+    *,
+    owner: str = "",
+    is_hopeless: Callable[[], bool] = lambda: False,
+    taken: Iterable[str | None] = (),
 ) -> list[Replica]:
     """Start the actors of ``count`` replicas side by side; they may still be starting when this returns.
 
@@ -206,27 +224,31 @@ def start_replicas(
         count: Replicas to start.
         owner: Whose the placement groups are, see ``remove_groups``.
         is_hopeless: Asked every few seconds while a place is waited for; true ends the wait.
+        taken: Nodes of the replicas that are there already.
 
     Raises:
         ClusterError: No place for all ranks of a replica together was found in ``executor.start_timeout_s``.
     """
     outer = _outer_group(options)
+    nodes: list[str | None] = [None] * count
+    if options.placement is not None and outer is None:
+        nodes = choose_nodes(free_places(options), count, options.placement, taken)
     if options.ranks == 1:
-        return [Replica([_actor(options, outer)]) for _ in range(count)]
+        return [Replica([_actor(options, outer, node=node)], node=node) for node in nodes]
     deadline = time.monotonic() + options.start_timeout_s
     gpus = options.gpus_per_replica / options.ranks
     bundle = {"CPU": float(options.threads)} | ({"GPU": gpus} if gpus else {})
     names = [f"{_group_prefix(owner)}{uuid.uuid4().hex}" for _ in range(0 if outer else count)]
-    groups = [placement_group([bundle] * options.ranks, strategy="PACK", name=name) for name in names]
+    groups = [_ranks_group(bundle, options.ranks, name, node) for name, node in zip(names, nodes, strict=False)]
     replicas = [Replica([_actor(options, outer) for _ in range(options.ranks)]) for _ in range(count if outer else 0)]
     try:
-        for group in groups:
+        for group, node in zip(groups, nodes, strict=False):
             if not _found_place(group, deadline, is_hopeless):
                 raise ClusterError(
                     f"no place for {options.ranks} ranks with {bundle} each was found in {options.start_timeout_s:.0f} s",
                     "lower executor.replicas, engine.world_size or executor.threads, or free the cluster",
                 )
-            replicas.append(Replica([_actor(options, group, rank) for rank in range(options.ranks)], group))
+            replicas.append(Replica([_actor(options, group, rank) for rank in range(options.ranks)], group, node))
         meetings = [replica.meeting_point() for replica in replicas]
         places = ray.get(meetings, timeout=max(1.0, deadline - time.monotonic()))
         joined = [ref for replica, place in zip(replicas, places, strict=True) for ref in replica.join(*place)]
@@ -261,6 +283,12 @@ def _group_prefix(owner: str) -> str:
     return f"fedgraft/{owner}/"
 
 
+def _ranks_group(bundle: dict[str, float], ranks: int, name: str, node: str | None) -> Any:
+    """A group for the ranks of one replica, close together; on a node that was chosen, which has room for all of them."""
+    selector = None if node is None else [{_NODE_LABEL: node}] * ranks
+    return placement_group([bundle] * ranks, strategy="PACK", name=name, bundle_label_selector=selector)
+
+
 def _found_place(group: Any, deadline: float, is_hopeless: Callable[[], bool]) -> bool:
     while not group.wait(max(1.0, min(_SLICE_S, deadline - time.monotonic()))):
         if time.monotonic() > deadline or is_hopeless():
@@ -278,13 +306,15 @@ def _outer_group(options: PoolOptions) -> Any:
     return group
 
 
-def _actor(options: PoolOptions, group: Any = None, rank: int = -1) -> Any:
-    """Start a rank: in one bundle of a group (-1: any that is free), or wherever there is room."""
+def _actor(options: PoolOptions, group: Any = None, rank: int = -1, node: str | None = None) -> Any:
+    """Start a rank: in one bundle of a group (-1: any that is free), on a node if it still has room, or wherever there is."""
     threads = str(options.threads)
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     place: dict[str, Any] = {}
     if group is not None:
         place["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
+    elif node is not None:
+        place["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
     # Beats are answered in a thread of their own; calls still run one after another, in one thread.
     actor = ray.remote(concurrency_groups={"beat": 1})(Rank).options(
         num_cpus=options.threads,

@@ -90,6 +90,8 @@ class FedAvgOptions(OptimizerOptions):
 class Optimized(Method):
     """A method whose shared slots are optimised by ``optimizer``; to be named before the class that says what is trained."""
 
+    batched_hooks = frozenset({"terms", "after_backward"})
+
     @property
     @abstractmethod
     def optimizer(self) -> FederatedOptimizer:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from fedgraft.platform.state_store import ClientStateStore, write_tensors
 from fedgraft.platform.storage import storage_error, sync_folder
 from fedgraft.types import Params, ServerState
 
-__all__ = ["Checkpoint", "hash_state", "load", "load_latest", "save"]
+__all__ = ["Checkpoint", "hash_state", "load", "load_latest", "needed_states", "save"]
 
 _log = logging.getLogger(__name__)
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError)
@@ -62,12 +63,17 @@ def save(folder: Path, checkpoint: Checkpoint, *, store: ClientStateStore, keep:
     kept = sorted(folder.glob("round-*"))[-keep:]
     for path in sorted(folder.glob("round-*"))[:-keep]:
         shutil.rmtree(path)
+    for client, versions in needed_states(kept).items():
+        store.prune(client, versions)
+
+
+def needed_states(checkpoints: Iterable[Path]) -> dict[int, set[int]]:
+    """The versions of private states that checkpoints belong to, by client."""
     needed: dict[int, set[int]] = {}
-    for path in kept:
+    for path in checkpoints:
         for client, version in _versions(path).items():
             needed.setdefault(client, set()).add(version)
-    for client, versions in needed.items():
-        store.prune(client, versions)
+    return needed
 
 
 def _write(scratch: Path, checkpoint: Checkpoint, store: ClientStateStore) -> None:
@@ -132,7 +138,7 @@ def _load(path: Path, store: ClientStateStore) -> Checkpoint:
     versions = {int(client): int(version) for client, version in record["versions"].items()}
     for client, version in versions.items():
         if store.digest(client, version) != record["private"][str(client)]:
-            raise CheckpointError(f"{store.path(client, version)} does not have the checksum of the checkpoint")
+            raise CheckpointError(f"{store.place(client, version)} does not have the checksum of the checkpoint")
     parts: dict[str, Params] = {kind: {} for kind in _KINDS}
     for name, value in load_file(path / "state.safetensors").items():
         kind, _, key = name.partition("/")

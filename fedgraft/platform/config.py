@@ -16,6 +16,7 @@ import fedgraft.aggregation  # noqa: F401  (its files register the methods that 
 from fedgraft.data.config import DataConfig
 from fedgraft.errors import MethodError
 from fedgraft.platform.budgets import BudgetsConfig
+from fedgraft.platform.remote import is_uri, known_schemes
 from fedgraft.platform.tracking import TrackingConfig
 from fedgraft.protocols import MethodConfig, TrainSpec
 from fedgraft.registry import METHODS
@@ -115,7 +116,17 @@ class ExecutorConfig(_Frozen):
     kind: Literal["ray", "in_process"] = Field("ray", description="ray: a driver actor and replica actors.")
     replicas: int | None = Field(None, ge=1, le=10_000, description="Replicas; null: as many as cores, clients and memory allow.")
     threads: int = Field(1, ge=1, le=256, description="Threads of each rank of a replica; sums depend on it, so results do.")
-    gpus_per_replica: float = Field(0.0, ge=0, description="GPUs of a replica, shared by its ranks; a fraction shares one.")
+    gpus_per_replica: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs of a replica, shared by its ranks; a fraction shares one; null: worked out from the memory plan, 0 "
+        "where there are none.",
+    )
+    gpu_gib: float | None = Field(None, gt=0, description="Memory of a GPU, GiB, to plan with; null: the GPUs are asked.")
+    placement: Literal["spread", "pack"] | None = Field(
+        None,
+        description="Replicas on as many nodes as there are, or on as few; null: as Ray does (half of a node, then the next).",
+    )
     rank_grace_s: float = Field(
         60.0, gt=0, le=1e8, description="How long the other ranks of a task may take once one has ended it."
     )
@@ -128,12 +139,17 @@ class ExecutorConfig(_Frozen):
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> Self:
         if self.kind == "in_process":
-            for name in ("replicas", "address", "heartbeat_timeout_s"):
+            for name in ("replicas", "address", "heartbeat_timeout_s", "placement", "gpu_gib"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} has no effect with kind: in_process; remove it, or set kind: ray")
-            if self.gpus_per_replica:
+            if self.gpus:
                 raise ValueError("gpus_per_replica has no effect with kind: in_process; set engine.device: cuda")
         return self
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a replica; 0 also where they are still to be worked out."""
+        return self.gpus_per_replica or 0.0
 
     @property
     def heartbeat_s(self) -> float:
@@ -200,9 +216,27 @@ class OutputConfig(_Frozen):
     """Where runs and caches lie."""
 
     folder: Path = Field(Path("runs"), description="Folder of all runs; each gets a folder of its own in it.")
-    cache: Path | None = Field(None, description="Cache of bases; null: the user's cache folder.")
+    cache: Path | None = Field(None, description="Cache of bases; null: the user's cache folder, of each node its own.")
+    storage: str | None = Field(
+        None,
+        description="URI of a store that all nodes reach (s3://BUCKET/PATH, file:///PATH): runs are kept there, too, clients' "
+        "states lie there, and nodes fetch base and data from it; null: all nodes see the same folders.",
+    )
     report: bool = Field(True, description="Write report.html.")
     checkpoint_every: int = Field(1, ge=1, description="Rounds between checkpoints.")
+
+    @field_validator("storage")
+    @classmethod
+    def _check_storage(cls, storage: str | None) -> str | None:
+        if storage is None:
+            return None
+        scheme, _, rest = storage.partition("://")
+        if not is_uri(storage) or not rest.strip("/") or scheme not in known_schemes():
+            near = (
+                "file:///FOLDER is a folder that all nodes share" if not is_uri(storage) else "s3, gs and file are such schemes"
+            )
+            raise ValueError(f"{near}: expected a URI such as s3://BUCKET/PATH")
+        return storage
 
 
 class RunConfig(_Frozen):
@@ -266,9 +300,9 @@ class RunConfig(_Frozen):
             raise ValueError(
                 f"engine.world_size is {engine.world_size}, and executor.kind: in_process is one process; set kind: ray"
             )
-        if engine.device == "cpu" and self.executor.gpus_per_replica:
+        if engine.device == "cpu" and self.executor.gpus:
             raise ValueError("executor.gpus_per_replica has no effect with engine.device: cpu; remove one of the two")
-        gpus = self.executor.gpus_per_replica
+        gpus = self.executor.gpus
         if gpus and engine.world_size > 1 and gpus != engine.world_size:
             raise ValueError(
                 f"executor.gpus_per_replica is {gpus:g} and engine.world_size is {engine.world_size}: each rank needs its own GPU"
@@ -336,7 +370,7 @@ class RunConfig(_Frozen):
     def resolved_engine(self) -> EngineConfig:
         """The engine with ``auto`` decided: a replica has a GPU if it is given one, or if one is named as its device."""
         in_process_gpu = self.executor.kind == "in_process" and self.engine.device == "auto" and torch.cuda.is_available()
-        has_gpu = self.executor.gpus_per_replica > 0 or self.engine.device == "cuda" or in_process_gpu
+        has_gpu = self.executor.gpus > 0 or self.engine.device == "cuda" or in_process_gpu
         return self.engine.resolved(has_gpu=has_gpu and self.engine.device != "cpu")
 
     def methods(self) -> dict[str, MethodConfig]:

@@ -20,7 +20,7 @@ from fedgraft.platform.model_sizes import ModelPlan, SlotSizes
 from fedgraft.platform.progress import bytes_text
 from fedgraft.training.deepspeed_engine import refuse_slots
 
-__all__ = ["Need", "is_cluster", "need_of", "num_replicas", "refusal_of"]
+__all__ = ["Need", "is_cluster", "need_of", "num_replicas", "refusal_of", "sharded", "worst"]
 
 _RANKS = (2, 4, 8)
 
@@ -44,9 +44,14 @@ class Need:
     @property
     def most_replicas(self) -> int:
         """How many replicas the node's memory holds; 0 where a rank does not fit its GPU."""
-        if self.gpu_limit is not None and self.rank.device > self.gpu_limit:
+        if not self.fits_gpu:
             return 0
         return max(0, self.host_limit - self.rank.shared) // max(1, self.ranks * self.rank.host)
+
+    @property
+    def fits_gpu(self) -> bool:
+        """Whether a rank fits its part of a GPU, or nothing is known of it."""
+        return self.gpu_limit is None or self.rank.device <= self.gpu_limit
 
     @property
     def fits(self) -> bool:
@@ -78,8 +83,10 @@ def need_of(config: RunConfig, model: ModelPlan, slots: SlotSizes, machine: Mach
     on_gpu = is_on_gpu(config, machine.gpus)
     ranks = config.engine.world_size
     limit = None
-    if on_gpu and machine.gpu_bytes is not None:
-        limit = int(machine.gpu_bytes * min(1.0, (config.executor.gpus_per_replica or ranks) / ranks))
+    stated = config.executor.gpu_gib
+    gpu_bytes = machine.gpu_bytes if stated is None else int(stated * 2**30)
+    if on_gpu and gpu_bytes is not None:
+        limit = int(gpu_bytes * min(1.0, (config.executor.gpus or ranks) / ranks))
     rank = rank_memory(config, model, slots, on_gpu=on_gpu)
     return Need(rank=rank, ranks=ranks, host_limit=machine.memory_bytes, gpu_limit=limit)
 
@@ -100,8 +107,8 @@ def num_replicas(config: RunConfig, num_clients: int | None, machine: MachineFac
         return executor.replicas
     limits = [machine.cores // (executor.threads * config.engine.world_size), need.most_replicas]
     limits += [size for size in (config.federation.cohort_size, num_clients) if size is not None]
-    if executor.gpus_per_replica > 0:
-        limits.append(int(machine.gpus / executor.gpus_per_replica))
+    if executor.gpus > 0:
+        limits.append(int(machine.gpus / executor.gpus))
     return max(1, min(limits))
 
 
@@ -118,7 +125,7 @@ def refusal_of(config: RunConfig, model: ModelPlan, slots: Mapping[str, SlotSize
     """
     if is_cluster(config):
         return None
-    label, need = _worst(config, model, slots, machine)
+    label, need = worst(config, model, slots, machine)
     if not need.fits:
         problem = Problem(
             path=_path_of(config, label, need),
@@ -140,7 +147,27 @@ def refusal_of(config: RunConfig, model: ModelPlan, slots: Mapping[str, SlotSize
     return None
 
 
-def _worst(config: RunConfig, model: ModelPlan, slots: Mapping[str, SlotSizes], machine: MachineFacts) -> tuple[str, Need]:
+def sharded(
+    config: RunConfig, model: ModelPlan, slots: Mapping[str, SlotSizes], machine: MachineFacts
+) -> tuple[RunConfig, str] | None:
+    """Find the fewest ranks, each with a GPU of its own, whose shares fit their GPUs, and say what was changed.
+
+    Returns:
+        ``None`` where no number of ranks that the machine's GPUs allow makes it fit.
+    """
+    for changes in _places(config, 0, machine):
+        if "engine.world_size" not in changes:
+            continue
+        changed = _apply(config, changes)
+        if changed is None or not _can_shard(changed, slots):
+            continue
+        if worst(changed, model, slots, machine)[1].fits_gpu:
+            return changed, " ".join(f"{path}={_value(value)}" for path, value in changes.items())
+    return None
+
+
+def worst(config: RunConfig, model: ModelPlan, slots: Mapping[str, SlotSizes], machine: MachineFacts) -> tuple[str, Need]:
+    """The method whose replica needs most, and what it needs."""
     needs = {label: need_of(config, model, each, machine) for label, each in slots.items()}
     label = max(needs, key=lambda name: (needs[name].excess, needs[name].rank.private))
     return label, needs[label]
@@ -172,7 +199,7 @@ def _suggest(config: RunConfig, model: ModelPlan, slots: Mapping[str, SlotSizes]
         changed = _apply(config, changes)
         if changed is None or not _can_shard(changed, slots):
             continue
-        _, need = _worst(changed, model, slots, machine)
+        _, need = worst(changed, model, slots, machine)
         words = " ".join(f"{path}={_value(value)}" for path, value in changes.items())
         if need.fits:
             return f"set {words}: then it needs {need.text()}"
@@ -219,7 +246,7 @@ def _places(config: RunConfig, stage: int, machine: MachineFacts) -> Iterator[di
         if ranks <= config.engine.world_size:
             continue
         on_gpu: dict[str, Any] = {}
-        if config.executor.gpus_per_replica > 0:
+        if config.executor.gpus > 0:
             if machine.gpus < ranks:
                 continue
             on_gpu = {"executor.gpus_per_replica": float(ranks)}

@@ -15,19 +15,24 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedgraft.actors.driver import Driver
 from fedgraft.actors.hosting import JobContext
 from fedgraft.actors.local import LocalPool
 from fedgraft.actors.replica import remove_groups
 from fedgraft.errors import ClusterError, FedgraftError
-from fedgraft.platform.config import ExecutorConfig
+from fedgraft.platform.config import ExecutorConfig, RunConfig
+from fedgraft.platform.machine import gpu_memory
+from fedgraft.platform.packing import Gpus, is_to_work_out
 from fedgraft.platform.progress import Event
 
-__all__ = ["cluster", "is_of_job", "launch"]
+__all__ = ["Follower", "cluster", "cluster_gpus", "driver_options", "end_driver", "is_joined", "is_of_job", "launch"]
 
 _POLL_S = 5.0
 """Longest wait for one batch of events; a batch returns as soon as there is one, so this only bounds a silent driver's death."""
+_GPU_ANSWER_S = 60.0
+"""Longest wait for GPUs to say how large they are."""
 _DRIVER_RESTARTS = 3
 """How often a driver that died is started again: what kills it four times will do so a fifth time."""
 
@@ -58,50 +63,49 @@ def launch(job: Callable[[JobContext], Any], executor: ExecutorConfig, on_event:
         finally:
             torch.set_num_threads(threads)  # a notebook goes on with what it had
     with cluster(executor):
-        # No CPU is reserved for the driver: it waits while replicas work, and the replicas' cores are counted on their own.
-        options = {"num_cpus": 0, "max_concurrency": 8, "max_restarts": _DRIVER_RESTARTS, "max_task_retries": -1}
-        driver = ray.remote(Driver).options(**options).remote()
-        follower = _Follower(
-            driver,
-            driver.run.remote(job),
-            on_event,
-            silence_s=executor.heartbeat_s,
-            start_timeout_s=executor.start_timeout_s,
-        )
+        driver = ray.remote(Driver).options(**driver_options()).remote(job)
+        follower = Follower(driver, on_event, silence_s=executor.heartbeat_s, start_timeout_s=executor.start_timeout_s)
         try:
             with _first_interrupt(follower.stop, on_event):
                 return follower.follow()
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, FedgraftError):
-                raise cause from None
-            raise
-        except RayError as error:
-            raise ClusterError(
-                f"the driver actor died and is not restarted more than {_DRIVER_RESTARTS} times: {str(error).splitlines()[0]}",
-                "often too little memory; the run can be resumed",
-            ) from error
         finally:
-            ray.kill(driver)
-            remove_groups(driver._actor_id.hex())
+            end_driver(driver)
 
 
-class _Follower:
+def driver_options() -> dict[str, Any]:
+    """What Ray is told of a driver actor.
+
+    No CPU is reserved: it waits while replicas work, and their cores are counted on their own. It lies where the command runs,
+    if that node takes it: what the command has just written lies there, too.
+    """
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
+    return {
+        "num_cpus": 0,
+        "max_concurrency": 8,
+        "max_restarts": _DRIVER_RESTARTS,
+        "max_task_retries": -1,
+        "scheduling_strategy": here,
+    }
+
+
+def end_driver(driver: Any) -> None:
+    """End a driver at once, whatever it does, with its replicas and their places."""
+    ray.kill(driver)
+    remove_groups(driver._actor_id.hex())
+
+
+class Follower:
     """Hands over a driver's events until its job is over, across the driver's restarts.
 
     Args:
         driver: The actor.
-        result: What its job will give.
         on_event: Gets the events.
         silence_s: A driver that says nothing for so long, though it was asked twice, is frozen; it is restarted.
         start_timeout_s: Longest time that a driver may take to start, also again.
     """
 
-    def __init__(
-        self, driver: Any, result: Any, on_event: Callable[[Any], None], *, silence_s: float, start_timeout_s: float
-    ) -> None:
+    def __init__(self, driver: Any, on_event: Callable[[Any], None], *, silence_s: float, start_timeout_s: float) -> None:
         self._driver = driver
-        self._result = result
         self._on_event = on_event
         self._silence_s = silence_s
         self._start_timeout_s = start_timeout_s
@@ -113,7 +117,30 @@ class _Follower:
         self._driver.stop.remote()
 
     def follow(self) -> Any:
-        """Hand over events until the job is over, and give its result."""
+        """Hand over events until the job is over, and give its result.
+
+        Raises:
+            FedgraftError: Whatever the job raised.
+            ClusterError: The driver is gone, or does not start.
+        """
+        try:
+            return self._follow()
+        except RayTaskError as error:
+            if isinstance(error.cause, FedgraftError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            if getattr(error, "actor_init_failed", False):
+                raise ClusterError(
+                    f"the driver actor cannot be made: {str(error).strip().splitlines()[-1]}",
+                    "the same fedgraft must be installed on every node of the cluster",
+                ) from error
+            raise ClusterError(
+                f"the driver actor died and is not restarted more than {_DRIVER_RESTARTS} times: {str(error).splitlines()[0]}",
+                "often too little memory; the run can be resumed",
+            ) from error
+
+    def _follow(self) -> Any:
         epoch, seen = "", 0
         heard = time.monotonic()
         silent: tuple[object, ...] | None = None
@@ -142,9 +169,8 @@ class _Follower:
             seen += len(batch.events)
             for event in batch.events:
                 self._on_event(event)
-            # The job may have failed before it began: then the driver never says that it is over.
-            if batch.is_over or (not batch.events and ray.wait([self._result], timeout=0)[0]):
-                return ray.get(self._result)
+            if batch.is_over:
+                return ray.get(self._driver.result.remote())  # not before: a waiting call would hold one of its threads
 
     def _life(self) -> tuple[object, ...] | None:
         """Which process the driver is now; none while it starts."""
@@ -155,9 +181,49 @@ class _Follower:
         self._on_event(Event(kind="note", data={"text": text}))
 
 
+def is_joined() -> bool:
+    """Whether this process is in a cluster already."""
+    return bool(ray.is_initialized())
+
+
 def is_of_job(folder: Path) -> bool:
     """Whether a folder lies in the copy of a working directory that Ray made for a submitted job, and that goes away with it."""
     return any(part.startswith("_ray_pkg_") for part in folder.parts)
+
+
+def cluster_gpus(config: RunConfig) -> tuple[Gpus, ...]:
+    """What each node of the cluster that this process is in has; GPUs are asked for their memory if that is to be known."""
+    asks = is_to_work_out(config) and config.executor.gpu_gib is None
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    refs = {}
+    for node in nodes:
+        if asks and node["Resources"].get("GPU", 0.0) >= 1:
+            there = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+            # Next to nothing of one GPU of the node: enough to see it.
+            task = ray.remote(gpu_memory).options(num_cpus=0, num_gpus=0.001, scheduling_strategy=there)
+            refs[node["NodeID"]] = task.remote()
+    if refs:
+        ray.wait(list(refs.values()), num_returns=len(refs), timeout=_GPU_ANSWER_S)
+    return tuple(
+        Gpus(
+            cores=float(node["Resources"].get("CPU", 0.0)),
+            gpus=float(node["Resources"].get("GPU", 0.0)),
+            gpu_bytes=_answer(refs.get(node["NodeID"])),
+        )
+        for node in nodes
+    )
+
+
+def _answer(ref: Any) -> int | None:
+    """A GPU's memory; ``None`` where it was not asked, does not answer (others use it), or is none that PyTorch sees."""
+    if ref is None:
+        return None
+    try:
+        found: int | None = ray.get(ref, timeout=0)
+    except (GetTimeoutError, RayError):
+        ray.cancel(ref, force=True)
+        return None
+    return found
 
 
 @contextmanager

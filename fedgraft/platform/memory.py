@@ -110,7 +110,7 @@ def is_on_gpu(config: RunConfig, num_gpus: int) -> bool:
     if config.engine.device == "cpu":
         return False
     in_process = config.executor.kind == "in_process" and config.engine.device == "auto" and num_gpus > 0
-    return config.engine.device == "cuda" or config.executor.gpus_per_replica > 0 or in_process
+    return config.engine.device == "cuda" or config.executor.gpus > 0 or in_process
 
 
 def rank_memory(config: RunConfig, model: ModelPlan, slots: SlotSizes, *, on_gpu: bool) -> RankMemory:
@@ -150,6 +150,12 @@ def rank_memory(config: RunConfig, model: ModelPlan, slots: SlotSizes, *, on_gpu
             gradient = _share(gradient, ranks)
     elif ranks > 1:
         buffers = gradient  # they are laid side by side to be averaged
+    # Clients that train in one pass have values, gradients and moments each, stacked; the model's own slots host one at a time.
+    at_once = engine.clients_at_once
+    assert isinstance(at_once, int), "settled before a plan is made"
+    if at_once > 1:
+        gradient, optimizer = at_once * gradient, at_once * optimizer
+        weights, graft = weights + at_once * live * slots.lora + at_once * s * slots.full, (1 + at_once) * graft
     copies = (2 if is_deepspeed else 1) * slots.values + 2 * slots.sent + slots.private + 2 * slots.persisted
     on_host = _ALWAYS_ON_HOST | _offloaded(zero, stage) if on_gpu else frozenset(PARTS)
     training, evaluation = training_bytes(config, engine, model, slots), evaluation_bytes(config, model, slots)
@@ -173,10 +179,13 @@ def rank_memory(config: RunConfig, model: ModelPlan, slots: SlotSizes, *, on_gpu
 def training_bytes(config: RunConfig, engine: EngineConfig, model: ModelPlan, slots: SlotSizes) -> int:
     """Estimate what a training step keeps for its backward pass, for the rows that one rank takes at a time.
 
-    Rows are ceil(batch / (ranks x parts)), each of ``data.max_length`` tokens, all of them labels: the most there can be.
+    Rows are ceil(batch / (ranks x parts)), times the clients of a pass,
+    each of ``data.max_length`` tokens, all of them labels: the most there can be.
     Added to what all layers keep is the larger of the output layer and of one layer's gradients.
     """
     rows = -(-config.federation.batch_size // (engine.world_size * engine.gradient_accumulation_steps))
+    assert isinstance(engine.clients_at_once, int), "settled before a plan is made"
+    rows *= engine.clients_at_once
     tokens = rows * config.data.max_length
     moe, dense = _layer_bytes(model, slots, config.data.max_length)
     num_moe = len(model.facts.layers)

@@ -7,7 +7,7 @@ methods send beside parameters, are known only when they run. Memory (``fedgraft
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from fedgraft.platform.machine import MachineFacts, free_memory, gpu_memory, mea
 from fedgraft.platform.memory import RankMemory
 from fedgraft.platform.memory_view import memory_view
 from fedgraft.platform.model_sizes import ModelPlan, SlotCount, SlotSizes, read_hf_config, size_model, size_slots
+from fedgraft.platform.packing import Gpus, is_to_work_out, machine_gpus, with_gpus
 from fedgraft.platform.progress import bytes_text
 from fedgraft.protocols import Method
 from fedgraft.registry import METHODS
@@ -46,11 +47,11 @@ __all__ = [
     "flops_per_token",
     "free_memory",
     "make_plan",
-    "require_memory",
     "this_machine",
     "usable_cores",
 ]
 
+_MOST_AT_ONCE = 16  # beyond it a pass on a CPU gains nothing more (benchmarks/cohort.py)
 _EFFICIENCY = 0.3
 """Share of a plain product's speed that training reaches: attention, routing and optimiser are not products of this size."""
 
@@ -99,10 +100,12 @@ class MethodPlan:
 class Plan:
     """The whole run; print it with rich.
 
-    ``refusal`` says why it does not fit this machine and what to change; ``None`` where it does.
+    ``refusal`` says why it does not fit this machine and what to change; ``None`` where it does. ``settled`` is the configuration
+    with the GPUs of a replica in it, ``gpus`` how they were worked out; empty where there was nothing to work out.
     """
 
     config: str
+    settled: RunConfig
     model: ModelPlan
     machine: MachineFacts
     num_clients: int | None
@@ -114,6 +117,7 @@ class Plan:
     refusal: ConfigError | None = None
     is_cluster: bool = False
     has_budgets: bool = False
+    gpus: str = ""
 
     def require_fit(self) -> None:
         """Refuse a run that cannot fit.
@@ -191,7 +195,8 @@ class Plan:
         return table
 
     def _notes(self) -> Text:
-        notes = [
+        notes = [f"GPUs worked out: {self.gpus}."] if self.gpus else []
+        notes += [
             "down a round: bytes to one client in one round; as many come up. whole run: both ways, all clients and seeds.",
             "Extras and statistics, which some methods send beside parameters, are not in it.",
             f"Time is for {self.tokens_per_example} tokens an example on this machine.",
@@ -205,17 +210,19 @@ class Plan:
         return Text("\n".join(notes), style="dim")
 
 
-def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
+def make_plan(config: RunConfig, machine: MachineFacts | None = None, gpus: Sequence[Gpus] | None = None) -> Plan:
     """Work out what a run will need, without loading weights or data.
 
     Args:
         config: A valid configuration.
         machine: What to plan for; ``None``: this machine, with a speed measured in about 0.2 s.
+        gpus: The nodes of a cluster; ``None``: the machine is all there is, or nothing is known of the cluster.
 
     Raises:
         ModelError: The model's configuration cannot be read, it is of an unknown family, or the engine cannot do what is asked
             with it.
     """
+    config = settle(config, machine)
     hf_config = read_hf_config(config.model)
     model = size_model(config.model, hf_config)
     num_clients = _num_clients(config.data)
@@ -226,9 +233,12 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
     evaluated = _evaluated_examples(config.data, num_clients)
     found = machine or _measured_machine(config, model.facts)
     built = {label: METHODS.build(method) for label, method in config.methods().items()}
+    slots = {label: size_slots(method, hf_config, config.model.dtype, model.facts) for label, method in built.items()}
+    told = ""
+    if is_to_work_out(config) and (gpus is not None or not is_cluster(config)):
+        config, told = with_gpus(config, model, slots, (machine_gpus(found),) if gpus is None else gpus, num_clients)
     for method in built.values():
         _refuse(config, method, hf_config, model.facts)
-    slots = {label: size_slots(method, hf_config, config.model.dtype, model.facts) for label, method in built.items()}
     plans = tuple(
         replace(
             _method_plan(config, label, method, slots[label], model, found, num_clients, tokens, evaluated),
@@ -239,6 +249,8 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
     )
     return Plan(
         config=dump_config(config),
+        settled=config,
+        gpus=told,
         model=model,
         machine=found,
         num_clients=num_clients,
@@ -253,14 +265,31 @@ def make_plan(config: RunConfig, machine: MachineFacts | None = None) -> Plan:
     )
 
 
-def require_memory(config: RunConfig) -> None:
-    """Refuse a run that this machine cannot hold, before anything of it is made.
+def settle(config: RunConfig, machine: MachineFacts | None = None) -> RunConfig:
+    """Decide how many clients share a pass where ``engine.clients_at_once`` is ``auto``; what is decided belongs to the run.
 
-    Raises:
-        ConfigError: It cannot; says by how much, and what was found to fit.
-        ModelError: The model's configuration cannot be read, or it is of an unknown family.
+    It is the largest power of two, at most 16, that leaves every replica work in a round and fits the machine by the memory plan;
+    on a cluster that is joined, whose nodes are not known here, memory is not asked.
+
+    Args:
+        config: A valid configuration.
+        machine: What to plan for; ``None``: this machine.
     """
-    make_plan(config, this_machine()).require_fit()
+    if config.engine.clients_at_once != "auto":
+        return config
+    machine = machine or this_machine()
+    cohort = config.federation.cohort_size or _num_clients(config.data) or _MOST_AT_ONCE
+    size = 2 * _MOST_AT_ONCE
+    while True:
+        size //= 2
+        engine = config.engine.model_copy(update={"clients_at_once": size})
+        settled = config.model_copy(update={"engine": engine})
+        if size == 1:
+            return settled
+        plan = make_plan(settled, machine)
+        replicas = max(each.replicas for each in plan.methods)
+        if size * replicas <= max(cohort, replicas) and (plan.is_cluster or plan.refusal is None):
+            return settled
 
 
 def this_machine(speed: float = 1.0) -> MachineFacts:

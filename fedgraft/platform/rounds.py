@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,12 +15,13 @@ from typing import Any, Literal, TypeAlias
 import torch
 from safetensors.torch import load_file
 
-from fedgraft.actors.hosting import Pool
+from fedgraft.actors.hosting import Finished, Pool
 from fedgraft.data.prepared import PreparedData
 from fedgraft.errors import CheckpointError, GroupViolation, QuorumError, RunInterrupted
 from fedgraft.platform.checkpoint import Checkpoint, hash_state, load_latest, save
 from fedgraft.platform.config import EvaluationConfig, FederationConfig
 from fedgraft.platform.evaluation import Evaluator
+from fedgraft.platform.grouping import passes, split
 from fedgraft.platform.ledger import Entry, describe, entries
 from fedgraft.platform.progress import Event
 from fedgraft.platform.reduction import RefusedUpdates, sum_updates
@@ -39,6 +40,7 @@ from fedgraft.types import (
     Broadcast,
     Budget,
     ClientFailure,
+    ClientGroup,
     ClientTask,
     ClientUpdate,
     Federation,
@@ -86,6 +88,7 @@ class RoundLoop:
         tracker: Gets one batch a round.
         emit: Gets an event a round, an evaluation and a failure.
         is_stopping: Asked before every round; then the run ends, resumable.
+        on_checkpoint: Called when a checkpoint has been written.
 
     Attributes:
         hosting_s: Seconds that the replicas took to build what they host.
@@ -99,8 +102,10 @@ class RoundLoop:
         tracker: Tracker,
         emit: Callable[[Event], None],
         is_stopping: Callable[[], bool],
+        on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         self._job = job
+        self._on_checkpoint = on_checkpoint
         self._pool = pool
         self._tracker = tracker
         self._emit = emit
@@ -115,6 +120,8 @@ class RoundLoop:
         self._made_again: list[tuple[ClientTask, ClientUpdate]] = []
         self._parts: dict[int, dict[int, int]] = {}
         self._until = 0
+        self._at_once = 1
+        self._shares_pass: dict[int, tuple[ClientTask, ...]] = {}
         self._schedule = Schedule()
         self._keys: tuple[str, ...] = ()
         self._checked: set[_Shape] = set()
@@ -141,6 +148,7 @@ class RoundLoop:
         self._refs = {ref.key: ref for ref in facts[0]["refs"]}
         method.federation = self._federation(facts[0])
         self._limits = ReplyLimits.of(method.federation, job.federation.max_update_bytes)
+        self._at_once = self._clients_at_once(facts[0].get("one_by_one"))
         frozen = facts[0]["frozen_hash"]
         rounds = method.num_rounds(job.rounds)
         evaluator = Evaluator(
@@ -192,6 +200,15 @@ class RoundLoop:
         self._folder.sync()
         self._folder.write_info(failures=self._failures)
         return state
+
+    def _clients_at_once(self, one_by_one: str | None) -> int:
+        """How many clients share a pass; said where it is one although more were asked for."""
+        wanted = self._job.worker.engine.clients_at_once
+        assert isinstance(wanted, int), "resolved before a run begins"
+        if wanted == 1 or one_by_one is None:
+            return wanted
+        self._note(f"clients train one after another, although engine.clients_at_once is {wanted}: {one_by_one}")
+        return 1
 
     def _federation(self, facts: Mapping[str, Any]) -> Federation:
         """What the method's server half may know: sizes, slots, and how many examples of which label each client has."""
@@ -282,6 +299,7 @@ class RoundLoop:
             self._folder.sync()
             checkpoint = Checkpoint(round_idx=round_idx, state=new_state, versions=self._versions)
             save(self._folder.checkpoint_folder, checkpoint, store=self._store)
+            self._on_checkpoint()
         return new_state
 
     def _begin_round(self, state: ServerState) -> None:
@@ -320,37 +338,43 @@ class RoundLoop:
     def _train(
         self, tasks: Sequence[ClientTask], state: ServerState, shared: Any
     ) -> tuple[list[ClientUpdate | ClientFailure], list[Any], list[Entry]]:
-        """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times."""
+        """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times.
+
+        Clients that share a pass share its retry, too: what each of them gets depends on who was in it, if only by rounding.
+        """
         sent = [self._describe_sent(task, state) for task in tasks]  # refuses before anything leaves
         outcomes: list[ClientUpdate | ClientFailure | None] = [None] * len(tasks)
         handles: list[Any] = [None] * len(tasks)
         rows: list[list[Entry]] = [[] for _ in tasks]
-        left = list(range(len(tasks)))
-        is_over = [False] * len(tasks)
+        left = passes(len(tasks), self._at_once)
+        self._shares_pass = {tasks[at].client_id: tuple(tasks[i] for i in each) for each in left for at in each}
         for attempt in range(1, self._job.federation.max_failures + 1):
             answered: set[int] = set()
-            clients = [tasks[i].client_id for i in left]
+            is_over: set[int] = set()
             if self._pool.size > 1:
-                left = [left[place] for place in self._schedule.order(clients)]
-            group = self._schedule.group(clients, self._pool.size)
-            for finished in self._pool.map("update", [tasks[i] for i in left], shared, group=group):
-                position = left[finished.index]
-                task = tasks[position]
-                if position in answered:
-                    self._note_failure(_duplicate(task))
+                left = [left[place] for place in self._schedule.order([[tasks[i].client_id for i in each] for each in left])]
+            for finished in self._map([tuple(tasks[i] for i in each) for each in left], shared):
+                if finished.index in answered:
+                    for position in left[finished.index]:
+                        self._note_failure(_duplicate(tasks[position]))
                     continue
-                answered.add(position)
-                outcome = check_reply(task, state, finished, self._limits)
-                outcomes[position] = outcome
-                if isinstance(outcome, ClientUpdate):
-                    self._note_parts(task, outcome)
-                    self._schedule.learn(task.client_id, outcome.seconds)
-                handles[position] = finished.handle
-                num_tries = finished.num_tries
-                down = (*sent[position], *self._describe_requested(outcome, state))
-                rows[position] += _charge(task, down, outcomes[position], num_tries=num_tries, attempt=attempt)
-                is_over[position] = finished.error is not None  # the pool has tried it max_failures times already
-            left = sorted(i for i in left if isinstance(outcomes[i], ClientFailure) and not is_over[i])
+                answered.add(finished.index)
+                if finished.error is not None:
+                    is_over.add(finished.index)  # the pool has tried it max_failures times already
+                for position, single in zip(left[finished.index], split(finished, len(left[finished.index])), strict=True):
+                    task = tasks[position]
+                    outcome = check_reply(task, state, single, self._limits)
+                    outcomes[position] = outcome
+                    if isinstance(outcome, ClientUpdate):
+                        self._note_parts(task, outcome)
+                        self._schedule.learn(task.client_id, outcome.seconds)
+                    handles[position] = single.handle
+                    down = (*sent[position], *self._describe_requested(outcome, state))
+                    # What a client had sent in a pass that is run again was sent for nothing.
+                    rows[position] = [replace(row, is_retry=row.is_retry or row.direction == "up") for row in rows[position]]
+                    rows[position] += _charge(task, down, outcome, num_tries=single.num_tries, attempt=attempt)
+            failed = [any(isinstance(outcomes[i], ClientFailure) for i in each) for each in left]
+            left = sorted(each for index, each in enumerate(left) if failed[index] and index not in is_over)
             if not left:
                 break
         for last in outcomes:
@@ -358,6 +382,13 @@ class RoundLoop:
                 self._note_failure(last)
         # In cohort order, whoever came first: the ledger is part of what must not depend on the replicas.
         return [last for last in outcomes if last is not None], handles, [row for each in rows for row in each]
+
+    def _map(self, groups: Sequence[tuple[ClientTask, ...]], shared: Any) -> Iterator[Finished]:
+        """Let replicas train clients, those of a group in one pass."""
+        together = self._schedule.group([[task.client_id for task in group] for group in groups], self._pool.size)
+        if self._at_once == 1:
+            return self._pool.map("update", [task for (task,) in groups], shared, group=together)
+        return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared, group=together)
 
     def _note_failure(self, failure: ClientFailure) -> None:
         data: dict[str, Any] = {"client_id": failure.client_id, "stage": failure.stage, "error": failure.error}
@@ -447,8 +478,11 @@ class RoundLoop:
                     self._note_failure(failure)
 
     def _make_again(self, task: ClientTask, shared: Any) -> Any:
-        """Run the task of an update that was lost with its node: same task, same bits; gives the new handle."""
-        finished = next(iter(self._pool.map("update", [task], shared)))
+        """Run the task of an update that was lost with its node, in the pass that it shared: same bits; gives the new handle."""
+        group = self._shares_pass[task.client_id]
+        place = [each.client_id for each in group].index(task.client_id)
+        group = (*group[:place], task, *group[place + 1 :])
+        finished = split(next(iter(self._map([group], shared))), len(group))[place]
         if finished.error is not None or isinstance(finished.value, ClientFailure):
             raise _lost(task)
         self._made_again.append((task, finished.value))

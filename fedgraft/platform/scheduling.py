@@ -28,16 +28,23 @@ class Schedule:
         before = self._seconds.get(client_id, seconds)
         self._seconds[client_id] = _MEMORY * before + (1 - _MEMORY) * seconds
 
-    def order(self, client_ids: Sequence[int]) -> list[int]:
-        """Give the places of clients, longest first; unknown ones count as the mean, and equal ones keep their order."""
-        known = [self._seconds[client] for client in client_ids if client in self._seconds]
-        mean = sum(known) / len(known) if known else 0.0
-        return sorted(range(len(client_ids)), key=lambda place: -self._seconds.get(client_ids[place], mean))
+    def order(self, passes: Sequence[Sequence[int]]) -> list[int]:
+        """Give the places of passes, longest first; unknown clients count as the mean, and equal passes keep their order.
 
-    def group(self, client_ids: Sequence[int], replicas: int) -> int:
-        """How many of these clients a call takes: no more than every replica's share, 1 before anything is known."""
-        known = [self._seconds[client] for client in client_ids if client in self._seconds]
-        if not known:
+        Args:
+            passes: The clients of each; one client, unless several train at once.
+        """
+        mean = self._mean(passes)
+        seconds = [sum(self._seconds.get(client, mean) for client in each) for each in passes]
+        return sorted(range(len(passes)), key=lambda place: -seconds[place])
+
+    def group(self, passes: Sequence[Sequence[int]], replicas: int) -> int:
+        """How many of these passes a call takes: no more than every replica's share, 1 before anything is known."""
+        mean = self._mean(passes) * sum(map(len, passes)) / max(1, len(passes))
+        if not mean:
             return 1
-        mean = max(sum(known) / len(known), 1e-9)
-        return max(1, min(int(_CALL_S / mean), math.ceil(len(client_ids) / replicas)))
+        return max(1, min(int(_CALL_S / mean), math.ceil(len(passes) / replicas)))
+
+    def _mean(self, passes: Sequence[Sequence[int]]) -> float:
+        known = [self._seconds[client] for each in passes for client in each if client in self._seconds]
+        return sum(known) / len(known) if known else 0.0

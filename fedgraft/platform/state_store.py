@@ -1,18 +1,21 @@
 """Where clients' private state lies between rounds: one safetensors file a client and version, outside the driver.
 
 A version is the round that wrote it. A task names the version it starts from and writes the next one, so a task that is run
-again after a kill starts from the same bytes and overwrites its own result.
+again after a kill starts from the same bytes and overwrites its own result. The files lie in a folder that all nodes share, or in
+an object store, which replicas and driver read and write directly.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
-from fedgraft.errors import CheckpointError
+from fedgraft.errors import CheckpointError, StorageError
+from fedgraft.platform.remote import RemoteFolder
 from fedgraft.platform.storage import written_whole
 from fedgraft.types import Params
 
@@ -49,16 +52,26 @@ class ClientStateStore:
         folder: Made on the first write.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | RemoteFolder) -> None:
         self._folder = folder
+        self._digests: dict[tuple[int, int], str] = {}
 
     def path(self, client_id: int, version: int) -> Path:
-        """File of one client's state after one round."""
-        return self._folder / f"{client_id:06d}" / f"round-{version:06d}.safetensors"
+        """File of one client's state after one round, of a store on a disk."""
+        assert isinstance(self._folder, Path), "a remote store has no paths"
+        return self._folder / _name(client_id, version)
+
+    def place(self, client_id: int, version: int) -> str:
+        """Where a state lies, in words."""
+        return f"{self._folder}/{_name(client_id, version)}"
 
     def write(self, client_id: int, version: int, state: Params) -> None:
         """Store a client's state after round ``version``."""
-        write_tensors(state, self.path(client_id, version))
+        if isinstance(self._folder, RemoteFolder):
+            data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
+            self._folder.write(_name(client_id, version), data)
+        else:
+            write_tensors(state, self.path(client_id, version))
 
     def read(self, client_id: int, version: int) -> Params:
         """Load a client's state as it was after round ``version``.
@@ -66,17 +79,76 @@ class ClientStateStore:
         Raises:
             CheckpointError: The file is missing or torn.
         """
-        return read_tensors(self.path(client_id, version))
+        if not isinstance(self._folder, RemoteFolder):
+            return read_tensors(self.path(client_id, version))
+        try:
+            found: Params = load(self._folder.read(_name(client_id, version)))
+            return found
+        except (StorageError, safetensors.SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.place(client_id, version)} cannot be read: {error}", "resume from an earlier round"
+            ) from error
 
     def digest(self, client_id: int, version: int) -> str:
-        """SHA-256 of the stored file."""
-        return hashlib.sha256(self.path(client_id, version).read_bytes()).hexdigest()
+        """SHA-256 of the stored file.
+
+        A remote one is read once: a version is written in its own round, and asked for after it.
+
+        Raises:
+            OSError: There is no such file.
+        """
+        if not isinstance(self._folder, RemoteFolder):
+            return hashlib.sha256(self.path(client_id, version).read_bytes()).hexdigest()
+        key = (client_id, version)
+        if key not in self._digests:
+            try:
+                self._digests[key] = hashlib.sha256(self._folder.read(_name(client_id, version))).hexdigest()
+            except StorageError as error:
+                raise OSError(error.message) from error
+        return self._digests[key]
 
     def prune(self, client_id: int, keep: set[int]) -> None:
         """Delete the versions of a client that are not in ``keep``, and what replicas that were killed had half written."""
-        folder = self._folder / f"{client_id:06d}"
-        for path in sorted(folder.glob("round-*.safetensors")):
-            if int(path.stem.removeprefix("round-")) not in keep:
+        if isinstance(self._folder, RemoteFolder):
+            folder = self._folder.child(f"{client_id:06d}")
+            for name in folder.names():
+                version = _version(name)
+                if version is None or version not in keep:
+                    folder.delete(name)
+            for key in [key for key in self._digests if key[0] == client_id and key[1] not in keep]:
+                del self._digests[key]
+            return
+        on_disk = self._folder / f"{client_id:06d}"
+        for path in sorted(on_disk.glob("round-*.safetensors")):
+            if _version(path.name) not in keep:
                 path.unlink()
-        for path in sorted(folder.glob(".round-*")):
+        for path in sorted(on_disk.glob(".round-*")):
             path.unlink(missing_ok=True)
+
+    def copy_to(self, folder: Path, versions: dict[int, set[int]]) -> None:
+        """Copy states of a remote store into a store on a disk, those that are not there yet.
+
+        What the store has no more is left out: it was an older checkpoint's, which is refused without it.
+
+        Args:
+            folder: Of the other store.
+            versions: Which, by client.
+        """
+        assert isinstance(self._folder, RemoteFolder), "a store on a disk is read where it is"
+        other = ClientStateStore(folder)
+        for client_id, wanted in versions.items():
+            there = {_version(name) for name in self._folder.child(f"{client_id:06d}").names()}
+            for version in sorted(wanted):
+                if version in there and not other.path(client_id, version).is_file():
+                    self._folder.download(_name(client_id, version), other.path(client_id, version))
+            other.prune(client_id, wanted)
+
+
+def _name(client_id: int, version: int) -> str:
+    return f"{client_id:06d}/round-{version:06d}.safetensors"
+
+
+def _version(name: str) -> int | None:
+    """The version of a file of that name; ``None`` where it is no whole state."""
+    found = re.fullmatch(r"round-(\d+)\.safetensors", name)
+    return int(found[1]) if found else None

@@ -10,7 +10,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,8 @@ from fedgraft.moe.hashing import hash_params
 from fedgraft.moe.sharding import full_shape, gathered
 from fedgraft.moe.surgery import mask_experts
 from fedgraft.platform.ledger import describe, refuse_private
+from fedgraft.platform.node_files import Origin, require_seen
+from fedgraft.platform.remote import RemoteFolder
 from fedgraft.platform.session import ClientSession
 from fedgraft.platform.state_store import ClientStateStore
 from fedgraft.platform.task_checks import check_step, is_held
@@ -58,7 +60,7 @@ from fedgraft.types import (
     Weighted,
 )
 
-__all__ = ["ClientWorker", "WorkerSpec"]
+__all__ = ["ClientWorker", "WorkerSpec", "client_failure", "kept_moments"]
 
 _log = logging.getLogger(__name__)
 _TORCH = EngineConfig(name="torch", device="cpu")
@@ -71,12 +73,13 @@ class WorkerSpec:
     ``base_folder`` and ``data_folder`` are read through memory maps; ``state_folder`` holds the clients' private state.
     ``method`` are the method's options as JSON values, so that a user's own class need not travel between processes. ``train``
     carries the optimiser's numbers, its learning rate replaced by each round's. ``engine`` is resolved; ``dtype`` is the base's;
-    ``timeout_s`` bounds one collective call between the ranks of a replica.
+    ``timeout_s`` bounds one collective call between the ranks of a replica. ``origin`` says where other nodes than the driver's
+    fetch base, data and method files from; without one they see the driver's paths.
     """
 
     base_folder: Path
     data_folder: Path
-    state_folder: Path
+    state_folder: Path | RemoteFolder
     method: Mapping[str, Any]
     method_files: tuple[Path, ...]
     run_seed: int
@@ -89,10 +92,21 @@ class WorkerSpec:
     evaluation_batch_size: int = 32
     max_new_tokens: int = 32
     max_generate: int | None = None
+    origin: Origin | None = None
 
     def build(self) -> ClientWorker:
-        """Make the worker in this process."""
-        return ClientWorker(self)
+        """Make the worker in this process, with what its node has or fetches."""
+        spec = self
+        if self.origin is None:
+            require_seen((self.base_folder, self.data_folder))
+        else:
+            base, data, files = self.origin.bring()
+            spec = replace(self, base_folder=base, data_folder=data, method_files=files)
+        if spec.engine.clients_at_once == 1:
+            return ClientWorker(spec)
+        from fedgraft.platform.group_worker import GroupWorker  # it is a worker, too
+
+        return GroupWorker(spec)
 
 
 class ClientWorker:
@@ -173,7 +187,7 @@ class ClientWorker:
 
     def describe(self) -> dict[str, Any]:
         """Facts for the run: ``refs`` of the slots, their ``groups`` by key, the model's ``facts``, the ``frozen_hash`` of all
-        that is no slot, and the ``device``.
+        that is no slot, the ``device``, and ``one_by_one``: why clients cannot train in one pass, ``None`` where they can.
         """
         return {
             "groups": self.groups,
@@ -181,6 +195,7 @@ class ClientWorker:
             "facts": self.engine.facts,
             "frozen_hash": self.engine.frozen_hash(),
             "device": self.device,
+            "one_by_one": self.method.why_one_by_one(),
         }
 
     def update(self, task: ClientTask, broadcast: Broadcast) -> tuple[ClientUpdate | ClientFailure, Params]:
@@ -196,7 +211,7 @@ class ClientWorker:
             try:
                 update, tensors = self._update(task, broadcast, num_parts)
             except _OutOfMemory as error:
-                failure = _failure(task, "train", error.what)
+                failure = client_failure(task, "train", error.what)
             else:
                 break
             # Outside of the except block: the traceback there still holds the tensors of the step that did not fit.
@@ -215,7 +230,7 @@ class ClientWorker:
             with ExitStack() as stack:
                 session, spec = self._host(task, task.client_id, broadcast, stack, wants_private=True)
                 spec = replace(spec, num_parts=num_parts)
-                sent = [key for key in dict.fromkeys((*task.keys, *session.requested)) if key in self.sent]
+                sent = self._sent_keys(session)
                 # Read back rather than taken from the broadcast: a narrower model rounds what it is given.
                 start = self.engine.read(sent)
                 stage = "train"
@@ -233,7 +248,11 @@ class ClientWorker:
                 raise _OutOfMemory(f"{type(error).__name__}: {error}") from None
             # Whatever a hook raises is this client's failure, a value; who wants the traceback asks for debug logs.
             _log.debug("client %d failed at %s in round %d", task.client_id, stage, task.round_idx, exc_info=True)
-            return _failure(task, stage, f"{type(error).__name__}: {error}"), {}
+            return client_failure(task, stage, f"{type(error).__name__}: {error}"), {}
+
+    def _sent_keys(self, session: ClientSession) -> list[str]:
+        """Slots that a client trains and may send."""
+        return [key for key in dict.fromkeys((*session.task.keys, *session.requested)) if key in self.sent]
 
     def _free_memory(self) -> None:
         """Let go of what the failed step left, before the next try; on a CPU it went with the last reference to it."""
@@ -301,24 +320,19 @@ class ClientWorker:
         session.add_requested(self.method.request(session))
         self.engine.load({key: session.received[key] for key in session.requested})
         if task.assignment is not None:
-            experts = range(self.engine.facts.num_experts)
-            masked = {layer: [e for e in experts if e not in held] for layer, held in task.assignment.items()}
-            stack.enter_context(mask_experts(self.engine.model, masked))
+            stack.enter_context(mask_experts(self.engine.model, self._masked(task)))
         stack.enter_context(self.method.build(session))
         rate = task.plan.learning_rate if isinstance(task, ClientTask) else self.spec.train.learning_rate
         return session, replace(self.spec.train, learning_rate=rate, lr_scale=self._lr_scale)
 
+    def _masked(self, task: ClientTask | EvaluationTask) -> dict[int, list[int]]:
+        """Experts by layer that a client does not hold."""
+        experts = range(self.engine.facts.num_experts)
+        return {layer: [e for e in experts if e not in held] for layer, held in (task.assignment or {}).items()}
+
     def _train(
         self, session: ClientSession, spec: TrainSpec, keys: Sequence[str], batches: Iterable[Batch] | None
     ) -> TrainResult:
-        watched = self._watched_experts(session, keys)
-
-        def after_backward(step: int) -> None:
-            self.method.after_backward(session, step)
-            if watched:
-                check_step(session.task, self.engine.read_gradients(watched), watched, step)
-
-        moments = {key.removeprefix("optimizer/"): v for key, v in session.private.items() if key.startswith("optimizer/")}
         return self.engine.train(
             session.train_batches() if batches is None else batches,
             spec,
@@ -326,10 +340,21 @@ class ClientWorker:
             seed=session.seed("dropout"),
             terms=lambda batch, output: self.method.terms(session, batch, output),
             objective=self.method.objective(session),
-            after_backward=after_backward,
-            optimizer_state=moments,
+            after_backward=self._after_backward(session, keys),
+            optimizer_state=kept_moments(session),
             keep_optimizer_state=[key for key in self._persisted if key in set(keys)],
         )
+
+    def _after_backward(self, session: ClientSession, keys: Sequence[str]) -> Callable[[int], None]:
+        """The method's hook, and the check that a step stays within the client's budget."""
+        watched = self._watched_experts(session, keys)
+
+        def hook(step: int) -> None:
+            self.method.after_backward(session, step)
+            if watched:
+                check_step(session.task, session.engine.read_gradients(watched), watched, step)
+
+        return hook
 
     def _watched_experts(self, session: ClientSession, keys: Sequence[str]) -> dict[str, tuple[int, int]]:
         """Layer and expert of each trained slot of a routed expert, where the client's budget bounds what a step changes."""
@@ -474,7 +499,13 @@ class _OutOfMemory(Exception):
         self.what = what
 
 
-def _failure(task: ClientTask, stage: str, error: str) -> ClientFailure:
+def kept_moments(session: ClientSession) -> Params:
+    """The optimiser's moments that a client kept."""
+    return {key.removeprefix("optimizer/"): value for key, value in session.private.items() if key.startswith("optimizer/")}
+
+
+def client_failure(task: ClientTask, stage: str, error: str) -> ClientFailure:
+    """A client's failure at a stage of its task."""
     return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage=stage, error=error)
 
 

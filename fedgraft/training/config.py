@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -22,7 +22,7 @@ REDUCE_BUCKET_SIZE = 20_000_000
 
 class EngineConfig(BaseModel):
     """What trains. ``auto`` is DeepSpeed where a replica has a GPU or several ranks, or where a setting of it is stated;
-    else plain PyTorch, since on one CPU DeepSpeed brings nothing but start-up time.
+    else plain PyTorch, since on one CPU DeepSpeed brings nothing but start-up time. So it is where ``clients_at_once`` is not 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -30,6 +30,11 @@ class EngineConfig(BaseModel):
     name: Literal["auto", "torch", "deepspeed"] = Field("auto", description="Training engine.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas put their model.")
     world_size: int = Field(1, ge=1, le=1024, description="Ranks of a replica: processes that share its optimiser and model.")
+    clients_at_once: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        1,
+        description="Clients that a replica trains in one pass over the shared base; auto: as many as its memory holds, at most "
+        "16. Needs the torch engine.",
+    )
     gradient_accumulation_steps: int = Field(
         1, ge=1, le=65_536, description="Parts that each rank cuts its share of a batch into."
     )
@@ -63,6 +68,8 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 f"{', '.join(stated or ('world_size',))} has no effect with name: torch; set name: deepspeed, or remove it"
             )
+        if self.clients_at_once != 1:
+            self._check_clients_at_once(stated)
         if self.on_out_of_memory == "halve" and self.world_size > 1:
             raise ValueError(
                 "on_out_of_memory: halve needs world_size: 1, because a rank that runs out of memory alone leaves the others "
@@ -83,6 +90,21 @@ class EngineConfig(BaseModel):
         if self.name != "torch":
             self._check_deepspeed()
         return self
+
+    def _check_clients_at_once(self, stated: tuple[str, ...]) -> None:
+        """Clients share a pass in the torch engine only, and a pass takes whole batches."""
+        if self.name == "deepspeed" or self.world_size > 1 or stated:
+            which = "name: deepspeed" if self.name == "deepspeed" else f"{', '.join(stated) or 'world_size'}"
+            raise ValueError(
+                f"clients_at_once is {self.clients_at_once}, and only the torch engine, of one rank, trains several clients in a "
+                f"pass; remove it or {which}"
+            )
+        if self.gradient_accumulation_steps > 1 or self.on_out_of_memory == "halve":
+            which = "gradient_accumulation_steps" if self.gradient_accumulation_steps > 1 else "on_out_of_memory: halve"
+            raise ValueError(
+                f"clients_at_once is {self.clients_at_once}, and a pass of several clients takes whole batches; remove {which}, "
+                "or set clients_at_once: 1"
+            )
 
     def _stated_for_deepspeed(self) -> tuple[str, ...]:
         """Settings that only DeepSpeed has and that were given a value."""
@@ -125,6 +147,7 @@ class EngineConfig(BaseModel):
         found: dict[str, Any] = {}
         if self.name == "auto":
             is_deepspeed = has_gpu or self.world_size > 1 or bool(self._stated_for_deepspeed())
+            is_deepspeed = is_deepspeed and self.clients_at_once == 1
             found["name"] = "deepspeed" if is_deepspeed else "torch"
         if self.device == "auto":
             found["device"] = "cuda" if has_gpu else "cpu"

@@ -85,7 +85,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> Weighted:
     Returns:
         The sum of the F-measures, each in 0..1, over the number of texts.
     """
-    # Imported at first use: the two bring NLTK and scikit-learn, a second that a replica which decodes nothing need not pay.
+    # NLTK and scikit-learn come with it: over a second for every replica and driver, of which few ever score a text.
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
 

@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedgraft.actors.hosting import JobContext, Pool, PoolOptions
+from fedgraft.actors.places import places_by_node
 from fedgraft.data.prepare import prepare
-from fedgraft.data.prepared import PreparedData
+from fedgraft.data.prepared import MANIFEST_NAME, PreparedData
 from fedgraft.data.tokenise import load_tokenizer
 from fedgraft.errors import (
     ConfigError,
@@ -32,9 +33,13 @@ from fedgraft.errors import (
 from fedgraft.moe.base import cache_base
 from fedgraft.platform.budget_sizes import run_budgets
 from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
+from fedgraft.platform.config import RunConfig
 from fedgraft.platform.loading import load_config
+from fedgraft.platform.mirror import Mirror
+from fedgraft.platform.node_files import Origin, put_folder
 from fedgraft.platform.plan import make_plan, this_machine
 from fedgraft.platform.progress import Event
+from fedgraft.platform.remote import RemoteFolder
 from fedgraft.platform.report import write_report
 from fedgraft.platform.results import read_comparison
 from fedgraft.platform.rounds import RoundLoop, RunJob
@@ -52,7 +57,7 @@ from fedgraft.tuning.references import Reference, train_reference
 from fedgraft.tuning.shared_data import shared_data
 from fedgraft.types import Budget
 
-__all__ = ["Execution", "Outer"]
+__all__ = ["Execution", "Outer", "experiment_store", "pool_options"]
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +75,28 @@ class Outer:
     trial: str
     data: Path
     known: dict[tuple[str, str], tuple[Path, dict[str, Any]]]
+
+
+def experiment_store(config: RunConfig, folder: Path) -> RemoteFolder | None:
+    """Where an experiment is kept a second time: in the store, under its folder's name; ``None`` without a store."""
+    return None if config.output.storage is None else RemoteFolder(config.output.storage).child(folder.name)
+
+
+def pool_options(config: RunConfig, replicas: int, *, in_group: bool = False) -> PoolOptions:
+    """How a run's replicas are made."""
+    return PoolOptions(
+        replicas=replicas,
+        ranks=config.engine.world_size,
+        threads=config.executor.threads,
+        gpus_per_replica=config.executor.gpus,
+        max_failures=config.federation.max_failures,
+        task_timeout_s=config.federation.task_timeout_s,
+        start_timeout_s=config.executor.start_timeout_s,
+        rank_grace_s=config.executor.rank_grace_s,
+        heartbeat_timeout_s=config.executor.heartbeat_s,
+        in_group=in_group,
+        placement=config.executor.placement,
+    )
 
 
 class Execution:
@@ -96,6 +123,8 @@ class Execution:
         self._pool: Pool | None = None
         self._started = time.time()
         self.train_seconds = 0.0
+        self._remote = experiment_store(self._config, folder)
+        self._mirror = Mirror(folder, self._remote) if self._remote is not None else None
         previous = folder / "comparison.json"
         self._mlflow_run_id = json.loads(previous.read_text()).get("mlflow_run_id") if previous.is_file() else None
 
@@ -112,6 +141,7 @@ class Execution:
         except Exception as error:
             with _kept_going("comparison.json"):
                 self.fail(error)
+                self._keep(is_end=True)
             if isinstance(error, OSError) and is_disk_full(error):
                 raise storage_error(Path(error.filename or self._folder / "comparison.json"), error) from error
             raise
@@ -131,22 +161,13 @@ class Execution:
             else:
                 self._data[seed] = self._folder / "data" / f"seed-{seed}"
                 prepare(config.data, tokenizer, seed, self._data[seed])
+        self._put_inputs()
         first = PreparedData.open(self._data[config.seeds[0]])
         self._check_clients(first.num_clients)
         self._train_references(first.num_clients, self._base_folder, self._data)
+        options = pool_options(config, self._num_replicas(first.num_clients), in_group=self._outer is not None)
         self._pool = self._context.open_pool(
-            PoolOptions(
-                replicas=self._num_replicas(first.num_clients),
-                ranks=config.engine.world_size,
-                threads=config.executor.threads,
-                gpus_per_replica=config.executor.gpus_per_replica,
-                max_failures=config.federation.max_failures,
-                task_timeout_s=config.federation.task_timeout_s,
-                start_timeout_s=config.executor.start_timeout_s,
-                rank_grace_s=config.executor.rank_grace_s,
-                heartbeat_timeout_s=config.executor.heartbeat_s,
-                in_group=self._outer is not None,
-            ),
+            options,
             lambda text: self._emit("note", text=text),
         )
         self._emit("plan", total_rounds=self._total_rounds())
@@ -183,6 +204,7 @@ class Execution:
             artifacts.append(write_report(result, self._folder / "report.html"))
         if self._parent is not None:
             self._parent.finish("finished", artifacts)
+        self._keep(is_end=True)
 
     def fail(self, error: Exception) -> None:
         """Say how far it came where an error ended it."""
@@ -190,6 +212,45 @@ class Execution:
         self._write_comparison(status)
         if self._parent is not None:
             self._parent.finish(status)
+
+    def _put_inputs(self) -> None:
+        """Put what nodes need into the store, before replicas ask for it."""
+        if self._remote is None:
+            return
+        self._stage(f"putting base and data into {self._remote}")
+        put_folder(self._base_folder, self._base_store(), "base.json")
+        for folder in self._data.values():
+            put_folder(folder, self._data_store(folder), MANIFEST_NAME)
+        for idx, path in enumerate(self._config.method_files):
+            self._method_store().upload(path, f"{idx:03d}/{path.name}")
+        self._keep()
+
+    def _base_store(self) -> RemoteFolder:
+        """Bases are shared by all experiments of a store."""
+        return RemoteFolder(self._config.output.storage or "").child("bases", self._base_folder.name)
+
+    def _data_store(self, folder: Path) -> RemoteFolder:
+        return RemoteFolder(self._config.output.storage or "").child("data", PreparedData.open(folder).fingerprint[:16])
+
+    def _method_store(self) -> RemoteFolder:
+        return RemoteFolder(self._config.output.storage or "").child("methods", self._folder.name)
+
+    def _origin(self, data: Path) -> Origin | None:
+        if self._remote is None:
+            return None
+        return Origin(
+            base=self._base_store(),
+            data=self._data_store(data),
+            method_files=self._method_store(),
+            cache=self._config.output.cache,
+        )
+
+    def _keep(self, *, is_end: bool = False) -> None:
+        """Bring the copy in the store up to date; at the end the folder gets the clients' states, so that it is whole."""
+        if self._mirror is not None:
+            self._mirror.put()
+            if is_end:
+                self._mirror.get_private()
 
     def close(self) -> None:
         """Give the replicas back."""
@@ -234,10 +295,15 @@ class Execution:
             raise ConfigError(str(self._folder / "config.yaml"), (problem,))
 
     def _num_replicas(self, num_clients: int) -> int:
-        """As the plan says, which a dry run shows; never more than clients of a round."""
-        planned = min(method.replicas for method in make_plan(self._config, this_machine()).methods)
+        """As the plan says, which a dry run shows, or as many as a cluster's nodes hold; never more than clients of a round."""
+        methods = make_plan(self._config, this_machine()).methods
+        planned = min(method.replicas for method in methods)
         if self._config.executor.replicas is not None:
             return planned
+        if self._config.executor.kind == "ray" and self._outer is None:
+            memory = max(method.need.ranks * method.need.rank.host for method in methods)
+            held = places_by_node(pool_options(self._config, 1), memory, max(method.need.rank.shared for method in methods))
+            planned = planned if held is None else held
         return max(1, min(planned, self._config.federation.cohort_size or num_clients, num_clients))
 
     def _base(self) -> Path:
@@ -318,6 +384,9 @@ class Execution:
             record.write_info(status="finished", error=error)
             for part in ("clients", "checkpoints"):
                 shutil.rmtree(job.folder / part, ignore_errors=True)
+            if isinstance(job.worker.state_folder, RemoteFolder):
+                for name in job.worker.state_folder.names():
+                    job.worker.state_folder.delete(name)
         return None if record.read_info().get("error") else validation_loss(job.folder)
 
     def _run(self, pool: Pool, label: str, method: MethodConfig, seed: int, rate: float, until: int | None) -> None:
@@ -398,7 +467,7 @@ class Execution:
         worker = WorkerSpec(
             base_folder=base,
             data_folder=data,
-            state_folder=RunFolder(folder).state_folder,
+            state_folder=self._state_folder(folder),
             method=method.to_options(),
             method_files=tuple(path.resolve() for path in config.method_files),
             run_seed=seed,
@@ -411,6 +480,7 @@ class Execution:
             evaluation_batch_size=evaluation.batch_size,
             max_new_tokens=evaluation.max_new_tokens,
             max_generate=evaluation.max_generate,
+            origin=self._origin(data),
         )
         return RunJob(
             label=label,
@@ -431,7 +501,18 @@ class Execution:
         return run_budgets(self._config, method, seed=seed, num_clients=num_clients, label=label, source=source)
 
     def _loop(self, job: RunJob, pool: Pool, tracker: Tracker) -> RoundLoop:
-        return RoundLoop(job, pool, tracker=tracker, emit=self._context.emit, is_stopping=self._context.is_stopping)
+        return RoundLoop(
+            job,
+            pool,
+            tracker=tracker,
+            emit=self._context.emit,
+            is_stopping=self._context.is_stopping,
+            on_checkpoint=self._keep,
+        )
+
+    def _state_folder(self, folder: Path) -> Path | RemoteFolder:
+        local = RunFolder(folder).state_folder
+        return local if self._remote is None else self._remote.child(str(PurePosixPath(local.relative_to(self._folder))))
 
     def _begin_record(self, job: RunJob, method: MethodConfig, seed: int) -> None:
         begin_record(

@@ -63,9 +63,7 @@ def train_reference(
     """
     federation, engine = config.federation, worker.engine
     a_round = federation.local_steps * min(federation.cohort_size or num_clients, num_clients)
-    workers = WorkersConfig(
-        count=engine.world_size, threads=config.executor.threads, gpus=1 if config.executor.gpus_per_replica else 0
-    )
+    workers = WorkersConfig(count=engine.world_size, threads=config.executor.threads, gpus=1 if config.executor.gpus else 0)
 
     def train(rate: float, rounds: int, target: Path) -> float | None:
         num_steps = rounds * a_round

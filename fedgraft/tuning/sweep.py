@@ -21,6 +21,7 @@ from fedgraft.platform.comparison import write_sweep_report
 from fedgraft.platform.config import ExecutorConfig, RunConfig
 from fedgraft.platform.launch import cluster
 from fedgraft.platform.loading import check_inputs, dump_config
+from fedgraft.platform.plan import settle
 from fedgraft.platform.progress import Event
 from fedgraft.platform.run_tags import run_tags
 from fedgraft.platform.tracking import Tracker
@@ -193,7 +194,7 @@ class _Command:
         folder = self._folder / record.folder
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.yaml").is_file():
-            (folder / "config.yaml").write_text(dump_config(trial.config))
+            (folder / "config.yaml").write_text(dump_config(settle(trial.config)))
         (folder / FAILURE).unlink(missing_ok=True)
         record.status, record.error = "pending", None
         return trial

@@ -49,7 +49,7 @@ def trial_bundles(config: SweepConfig, run: RunConfig) -> tuple[dict[str, float]
     if executor.kind == "in_process":
         return (_bundle(executor.threads, config.resources.gpus_per_trial),)
     ranks = run.engine.world_size
-    each = _bundle(executor.threads, executor.gpus_per_replica / ranks)
+    each = _bundle(executor.threads, executor.gpus / ranks)
     return ({}, *[dict(each) for _ in range((executor.replicas or 1) * ranks)])
 
 
@@ -113,6 +113,10 @@ def _place_problems(config: SweepConfig, run: RunConfig) -> list[Problem]:
     """Whether what the trial needs goes with how trials are placed."""
     gpus, executor = config.resources.gpus_per_trial, run.executor
     problems = []
+    for path, value in (("executor.placement", executor.placement), ("output.storage", run.output.storage)):
+        if value is not None:
+            expected = "nothing: a sweep's trials lie in its folder, and Ray Tune places them"
+            problems.append(Problem(path=path, value=value, expected=expected, hint="it has no effect in a sweep"))
     if gpus and executor.kind == "ray":
         expected = "executor.gpus_per_replica for trials with executor.kind: ray"
         problems.append(

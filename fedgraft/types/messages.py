@@ -18,6 +18,7 @@ __all__ = [
     "Broadcast",
     "Budget",
     "ClientFailure",
+    "ClientGroup",
     "ClientOutcome",
     "ClientTask",
     "ClientUpdate",
@@ -166,6 +167,13 @@ class ClientTask:
     def round_idx(self) -> int:
         """The round of the plan."""
         return self.plan.round_idx
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientGroup:
+    """Clients of one round that a replica trains in one pass, in cohort order."""
+
+    tasks: tuple[ClientTask, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

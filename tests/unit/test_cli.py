@@ -30,7 +30,9 @@ class FakeRun:
     calls: list[tuple[Any, Any]] = field(default_factory=list)
     error: BaseException | None = None
 
-    def __call__(self, config: RunConfig | None, *, resume: Path | None = None, on_event: Any = None) -> str:
+    def __call__(
+        self, config: RunConfig | None, *, resume: Path | None = None, address: str | None = None, on_event: Any = None
+    ) -> str:
         self.calls.append((config, resume))
         on_event(Event(kind="stage", data={"text": "at work"}))
         if self.error is not None:
@@ -255,6 +257,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert "--dry-run" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_wrong_file_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("method: {name: flex, n_grafts: 2}\nfederation: {rounds: -1}\n")
     command = [sys.executable, "-m", "fedgraft", "run", "bad.yaml", "executor.kind=rya"]
@@ -293,3 +296,22 @@ def test_a_sweep_is_planned_and_what_is_wrong_ends_with_2(tmp_path: Path) -> Non
     nowhere = RUNNER.invoke(app, ["sweep", "--resume", str(tmp_path)])
     assert nowhere.exit_code == 6
     assert "holds no sweep.json" in nowhere.output
+
+
+def test_detach_needs_a_cluster_that_outlives_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    done = RUNNER.invoke(app, ["run", "--detach"])
+    assert done.exit_code == 3
+    assert "ray start --head" in done.stderr
+    assert not (tmp_path / "runs").exists()  # refused before a folder is made
+    done = RUNNER.invoke(app, ["run", "--detach", "executor.kind=in_process"])
+    assert done.exit_code == 2
+    assert "executor.kind: got in_process; expected ray" in done.stderr
+    done = RUNNER.invoke(app, ["run", "--address", "127.0.0.1:1", "executor.kind=in_process"])
+    assert done.exit_code == 2
+    assert RUNNER.invoke(app, ["run", "--detach", "--dry-run"]).exit_code == 2
+    for command in (["attach", "some-run"], ["stop", "some-run"], ["status"]):
+        done = RUNNER.invoke(app, command)
+        assert done.exit_code == 3
+        assert "RAY_ADDRESS" in done.stderr

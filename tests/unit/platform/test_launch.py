@@ -50,50 +50,74 @@ class _Context:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+def make_driver(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]:
     monkeypatch.setattr(module.ray, "get_runtime_context", lambda: _Context)
-    return Driver()
+    return Driver
 
 
-def test_events_of_another_life_are_given_from_the_start(driver: Driver) -> None:
+def test_events_of_another_life_are_given_from_the_start(make_driver: Callable[..., Driver]) -> None:
     def job(context: JobContext) -> int:
         for number in range(3):
             context.emit(number)
         return 7
 
-    assert driver.run(job) == 7
+    driver = make_driver(job)
+    assert driver.result() == 7
     first = driver.events("", 0, 1.0)
     assert (first.events, first.is_over) == ((0, 1, 2), True)
     assert driver.events(first.epoch, 2, 1.0).events == (2,)
     assert driver.events(first.epoch, 3, 0.01).events == ()
     assert driver.events("another life's", 40, 1.0).events == (0, 1, 2)
-    assert Driver().events("", 0, 0.01).epoch != first.epoch
+    assert make_driver(job).events("", 0, 1.0).epoch != first.epoch
+
+
+def test_a_driver_tells_of_its_job(make_driver: Callable[..., Driver]) -> None:
+    go = threading.Event()
+
+    def job(context: JobContext) -> None:
+        for number in range(3):
+            context.emit(number)
+        go.wait(10)
+
+    driver = make_driver(job, facts={"folder": "/runs/one"})
+    while len(driver.about(9).events) < 3:
+        driver.events("", 0, 1.0)
+    about = driver.about(2)
+    assert (about.facts, about.events) == ({"folder": "/runs/one"}, (1, 2))
+    assert driver.about(0).events == ()
+    assert (about.is_over, about.is_stopping) == (False, False)
+    driver.stop()
+    assert driver.about(0).is_stopping
+    go.set()
+    driver.result()
+    assert driver.about(0).is_over
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_call_that_comes_twice_runs_the_job_once(driver: Driver, fails: bool) -> None:
-    begun, go = threading.Event(), threading.Event()
+def test_everybody_who_asks_gets_the_result_of_one_job(make_driver: Callable[..., Driver], fails: bool) -> None:
+    go = threading.Event()
     calls: list[int] = []
     outcomes: list[Any] = []
 
     def job(context: JobContext) -> str:
         calls.append(1)
-        begun.set()
         go.wait(10)
         if fails:
             raise QuorumError("too few", "lower it")
         return "done"
 
-    def run(call: Callable[..., Any]) -> None:
+    driver = make_driver(job)
+
+    def ask() -> None:
         try:
-            outcomes.append(call(job))
+            outcomes.append(driver.result())
         except QuorumError as error:
             outcomes.append(error.message)
 
-    threads = [threading.Thread(target=run, args=(driver.run,)) for _ in range(2)]
-    threads[0].start()
-    begun.wait(10)
-    threads[1].start()
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert not outcomes
     go.set()
     for thread in threads:
         thread.join(10)

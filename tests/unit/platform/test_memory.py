@@ -20,7 +20,7 @@ from fedgraft.platform.loading import load_config
 from fedgraft.platform.machine import MachineFacts
 from fedgraft.platform.memory import CONTEXT_BYTES, DEEPSPEED_BYTES, REPLICA_BYTES, RankMemory
 from fedgraft.platform.model_sizes import ModelPlan, SlotSizes, size_model, size_slots
-from fedgraft.platform.plan import Plan, make_plan, require_memory
+from fedgraft.platform.plan import Plan, make_plan, this_machine
 from fedgraft.protocols import Method
 from fedgraft.types import ModelFacts
 
@@ -325,13 +325,13 @@ def test_half_a_gpu_is_half_of_its_memory(large: Path) -> None:
     assert plan_of(large, *options, f"{GPU}=0.5", machine=replace(NODE, gpu_bytes=2 * needed)).refusal is None
 
 
-def test_a_run_is_refused_before_it_makes_anything(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_refused_where_it_does_not_fit_the_free_memory(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(None, [f"model.path={large}", FLEX, *CLIENTS])
     monkeypatch.setattr("fedgraft.platform.plan.free_memory", lambda: GIB)
     with pytest.raises(ConfigError, match="memory plan"):
-        require_memory(config)
+        make_plan(config, this_machine()).require_fit()
     monkeypatch.setattr("fedgraft.platform.plan.free_memory", lambda: 1000 * GIB)
-    require_memory(config)
+    make_plan(config, this_machine()).require_fit()
 
 
 def text_of(plan: Plan) -> str:
@@ -358,8 +358,9 @@ def test_the_picture_has_every_part_and_stays_narrow(large: Path) -> None:
 
 
 def test_experts_that_ranks_share_are_copies_of_their_own(folder: Path) -> None:
-    alone = rank_of(folder, FLEX, "engine={stage: 0, world_size: 2}", machine=NODE)
-    shared = rank_of(folder, FLEX, "engine={stage: 0, world_size: 2, expert_parallel_size: 2}", machine=NODE)
+    alone = rank_of(folder, FLEX, "engine={stage: 0, world_size: 2, device: cpu}", machine=NODE)
+    engine = "engine={stage: 0, world_size: 2, expert_parallel_size: 2, device: cpu}"
+    shared = rank_of(folder, FLEX, engine, machine=NODE)
     config = json.loads((folder / "config.json").read_text())
     experts = config["num_hidden_layers"] * config["num_experts"] * 3 * config["hidden_size"] * config["moe_intermediate_size"]
     assert shared.weights - alone.weights == 4 * experts // 2

@@ -19,7 +19,7 @@ from fedgraft.platform.ledger import describe
 from fedgraft.platform.loading import load_config
 from fedgraft.platform.machine import measure_speed
 from fedgraft.platform.memory import RankMemory
-from fedgraft.platform.plan import MachineFacts, MethodPlan, Plan, flops_per_token, make_plan
+from fedgraft.platform.plan import MachineFacts, MethodPlan, Plan, flops_per_token, make_plan, settle
 from fedgraft.registry import METHODS
 from fedgraft.training.torch_engine import TorchEngine
 
@@ -252,3 +252,37 @@ def test_what_the_engine_cannot_do_is_refused_before_anything_is_made() -> None:
     row = ["engine={stage: 3}", "compare=null", "rate_search=null", "method={name: flex, mode: row}"]
     with pytest.raises(ModelError, match="a graft of mode row"):
         make_plan(load_config(None, row))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory", "expected"),
+    [
+        (("federation.cohort_size=5", "executor.kind=in_process"), 8 * 2**30, 4),
+        (("federation.cohort_size=5", "executor.replicas=2"), 8 * 2**30, 2),
+        (("federation.cohort_size=3", "executor.replicas=4"), 8 * 2**30, 1),
+        (("federation.cohort_size=5", "executor.kind=in_process", "data.max_length=4096", "federation.batch_size=64"), 2**32, 1),
+    ],
+)
+def test_auto_takes_as_many_clients_at_once_as_work_and_memory_allow(
+    overrides: tuple[str, ...], memory: int, expected: int, folder: Path
+) -> None:
+    config = load_config(None, [f"model.path={folder}", *CLIENTS, "engine.clients_at_once=auto", *overrides])
+    machine = replace(MACHINE, memory_bytes=memory)
+    settled = settle(config, machine)
+    assert settled.engine.clients_at_once == expected
+    assert make_plan(config, machine).refusal is None
+    fixed = load_config(None, [f"model.path={folder}", *CLIENTS, f"engine.clients_at_once={2 * expected}", *overrides])
+    if memory == 2**32:
+        assert make_plan(fixed, machine).refusal is not None
+    assert settle(fixed, machine) is fixed
+
+
+def test_a_pass_of_several_clients_takes_their_memory_together(folder: Path) -> None:
+    one, four = (
+        method_of(folder, "{name: flex}", "executor.kind=in_process", f"engine.clients_at_once={count}").need.rank
+        for count in (1, 4)
+    )
+    assert four.training == 4 * one.training
+    assert four.gradients == 4 * one.gradients
+    assert four.optimizer == 4 * one.optimizer
+    assert four.graft == 5 * one.graft

@@ -10,6 +10,7 @@ import torch
 
 from fedgraft.errors import CheckpointError
 from fedgraft.platform import storage
+from fedgraft.platform.remote import RemoteFolder
 from fedgraft.platform.state_store import ClientStateStore, write_tensors
 
 
@@ -101,3 +102,50 @@ def test_prune_takes_what_a_killed_replica_had_half_written(store: ClientStateSt
 def test_folders_are_made(tmp_path: Path) -> None:
     write_tensors({"w": torch.ones(1)}, tmp_path / "a" / "b" / "c.safetensors")
     assert (tmp_path / "a" / "b" / "c.safetensors").is_file()
+
+
+# ---- in a store that a URI names
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> ClientStateStore:
+    return ClientStateStore(RemoteFolder(f"file://{tmp_path}/store").child("clients"))
+
+
+def test_a_remote_store_keeps_the_same_bytes(remote: ClientStateStore, store: ClientStateStore) -> None:
+    state = {"a": torch.arange(6.0).reshape(2, 3).T, "gate": torch.tensor([float("-inf")])}
+    for each in (remote, store):
+        each.write(1, 4, state)
+    assert remote.digest(1, 4) == store.digest(1, 4)
+    found = remote.read(1, 4)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    with pytest.raises(CheckpointError, match="clients/000001/round-000005.safetensors cannot be read"):
+        remote.read(1, 5)
+    with pytest.raises(OSError, match="round-000005"):
+        remote.digest(1, 5)
+
+
+def test_a_remote_store_is_pruned_and_copied_to_a_disk(remote: ClientStateStore, store: ClientStateStore, tmp_path: Path) -> None:
+    for version in (1, 2, 3):
+        for client in (1, 2):
+            remote.write(client, version, {"x": torch.tensor([float(10 * client + version)])})
+    store.write(1, 1, {"x": torch.zeros(1)})
+    remote.prune(1, {2, 3})
+    assert sorted(path.name for path in (tmp_path / "store" / "clients" / "000001").iterdir()) == [
+        "round-000002.safetensors",
+        "round-000003.safetensors",
+    ]
+    remote.copy_to(tmp_path / "clients", {1: {2, 3}, 2: {3}})
+    assert store.read(1, 2)["x"] == 12
+    assert store.read(2, 3)["x"] == 23
+    assert not store.path(2, 2).exists()
+    assert not store.path(1, 1).exists()  # of no checkpoint that is kept
+
+
+def test_a_version_that_is_written_again_after_it_was_pruned_has_its_own_digest(remote: ClientStateStore) -> None:
+    remote.write(1, 1, {"x": torch.zeros(1)})
+    before = remote.digest(1, 1)
+    remote.prune(1, {2})
+    remote.write(1, 1, {"x": torch.ones(1)})
+    assert remote.digest(1, 1) != before

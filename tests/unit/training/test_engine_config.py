@@ -32,6 +32,8 @@ def make(**options: Any) -> EngineConfig:
         ({"deepspeed": {"wall_clock_breakdown": True}}, False, "deepspeed"),
         ({"name": "torch"}, True, "torch"),
         ({"name": "deepspeed"}, False, "deepspeed"),
+        ({"clients_at_once": 4}, True, "torch"),
+        ({"clients_at_once": "auto"}, True, "torch"),
     ],
 )
 def test_auto_is_deepspeed_where_it_brings_something(options: dict[str, Any], has_gpu: bool, expected: str) -> None:
@@ -56,6 +58,14 @@ def test_the_stage_is_the_stated_one(options: dict[str, Any], stage: int) -> Non
     ("options", "message"),
     [
         ({"name": "torch", "stage": 2}, "stage has no effect with name: torch"),
+        ({"name": "deepspeed", "clients_at_once": 2}, "only the torch engine, of one rank, trains several clients in a pass"),
+        ({"world_size": 2, "clients_at_once": "auto"}, "remove it or world_size"),
+        ({"stage": 1, "clients_at_once": 2}, "remove it or stage"),
+        (
+            {"clients_at_once": 2, "gradient_accumulation_steps": 2},
+            "remove gradient_accumulation_steps, or set clients_at_once: 1",
+        ),
+        ({"clients_at_once": 2, "on_out_of_memory": "halve"}, "remove on_out_of_memory: halve"),
         ({"name": "torch", "world_size": 2}, "world_size has no effect with name: torch"),
         ({"offload_optimizer": True, "stage": 0}, "offload_optimizer needs ZeRO stage 1 or higher, this is stage 0"),
         ({"offload_param": True, "stage": 2}, "offload_param needs ZeRO stage 3 or higher, this is stage 2"),

@@ -123,6 +123,8 @@ def test_an_invalid_corner_of_a_continuum_is_found_before_any_trial() -> None:
             "executor.gpus_per_replica for trials",
         ),
         ({"base": BASE | {"engine": {"device": "cuda"}}}, "resources.gpus_per_trial above 0"),
+        ({"base": BASE | {"output": {"storage": "file:///store"}}}, "output.storage: got file:///store; expected nothing"),
+        ({"base": BASE | {"executor": {"placement": "pack"}}}, "executor.placement: got pack; expected nothing"),
         ({"base": {"compare": {"methods": {"a": {"name": "fedavg"}}}}}, "base.compare: got several methods"),
         ({"base": BASE | {"method": {"name": "centralised"}, "executor": {"kind": "ray"}}}, "base.executor.kind: got ray"),
         ({"sched": "asha"}, "did you mean 'scheduler'"),
