@@ -12,9 +12,9 @@ base is written once and is the same for all parts.
     actors       the same with two replicas on a Ray of their own
 
 Each part is a process of its own, started in turn, ``--turns`` times, with one thread a process: a round's time is the median
-over all turns, without first rounds; ``start_s`` is from the start of the process to the end of round 1 (imports, Ray, the model, and
-the round); ``pss_mib`` the most memory that its process tree took. All parts see the same cohorts, batches and start, and their
-LoRA must agree with the plain loop's to 1e-5. Off: checkpoints, tracking, evaluation. One JSON line on stdout.
+over all turns, without first rounds; ``start_s`` is from the start of the process to the end of round 1 (imports, Ray, the model,
+and the round); ``pss_mib`` the most memory that its process tree took. All parts see the same cohorts, batches and start, and
+their LoRA must agree with the plain loop's to 1e-5. Off: checkpoints, tracking, evaluation. One JSON line on stdout.
 """
 
 from __future__ import annotations

@@ -263,12 +263,7 @@ def _rescaled(score: NDArray[np.float64], rows: CountBounds, columns: CountBound
 
 
 def _solve(score: NDArray[np.float64], rows: CountBounds, columns: CountBounds) -> NDArray[np.bool_] | None:
-    """A    # Imported at first use: half a second that every replica would pay, and few methods solve programs.
-       from scipy.optimize import Bounds as VariableBounds
-       from scipy.optimize import LinearConstraint, linprog, milp
-       from scipy.sparse import csr_array, vstack
-
-    vertex by the dual simplex; a mixed-integer search if it is not whole; ``None`` where nothing keeps to the bounds."""
+    """A vertex by the dual simplex; a mixed-integer search if it is not whole; ``None`` where nothing keeps to the bounds."""
     # Imported at first use: half a second that every replica would pay, and few methods solve programs.
     from scipy.optimize import Bounds as VariableBounds
     from scipy.optimize import LinearConstraint, linprog, milp
