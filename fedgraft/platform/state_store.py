@@ -55,6 +55,8 @@ class ClientStateStore:
     def __init__(self, folder: Path | RemoteFolder) -> None:
         self._folder = folder
         self._digests: dict[tuple[int, int], str] = {}
+        self._known: dict[int, tuple[int, str]] = {}
+        self._kept: dict[int, frozenset[int]] = {}
 
     def path(self, client_id: int, version: int) -> Path:
         """File of one client's state after one round, of a store on a disk."""
@@ -107,8 +109,24 @@ class ClientStateStore:
                 raise OSError(error.message) from error
         return self._digests[key]
 
+    def known_digest(self, client_id: int, version: int) -> str:
+        """SHA-256 of a state as it was when this store first asked for it: a version is written in its own round only.
+
+        A checkpoint names every client's state, and most have not changed since the one before.
+        """
+        known = self._known.get(client_id)
+        if known is None or known[0] != version:
+            self._known[client_id] = known = (version, self.digest(client_id, version))
+        return known[1]
+
     def prune(self, client_id: int, keep: set[int]) -> None:
-        """Delete the versions of a client that are not in ``keep``, and what replicas that were killed had half written."""
+        """Delete the versions of a client that are not in ``keep``, and what replicas that were killed had half written.
+
+        A client for which the last call said the same is passed over.
+        """
+        if self._kept.get(client_id) == frozenset(keep):
+            return
+        self._kept[client_id] = frozenset(keep)
         if isinstance(self._folder, RemoteFolder):
             folder = self._folder.child(f"{client_id:06d}")
             for name in folder.names():
