@@ -103,10 +103,11 @@ class Pool(Protocol):
     def share(self, value: Any) -> Any:
         """Put a value once for all replicas and give what ``map`` takes as ``shared``."""
 
-    def map(self, name: str, items: Sequence[Any], shared: Any) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
         """Run ``hosted.name(item, shared value)`` for every item, wherever a replica is free, in completion order.
 
-        The hosted method returns a pair: the small and the large result.
+        The hosted method returns a pair: the small and the large result. Items are begun in the order given; ``group`` of them
+        are sent to a replica at once, which saves the way there and back where each is short.
         """
 
     def apply(

@@ -40,7 +40,7 @@ class LocalPool:
         """Nothing to do: the value is here."""
         return value
 
-    def map(self, name: str, items: Sequence[Any], shared: Any) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
         """Run the items in order."""
         for index, item in enumerate(items):
             value, handle = getattr(self._hosted, name)(item, shared)

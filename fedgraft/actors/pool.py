@@ -35,16 +35,16 @@ _MAX_PUTS = 3
 
 @dataclass(kw_only=True, slots=True)
 class _Flight:
-    """A call that is under way: which item, on which replica, until when, and the references of its results.
+    """A call that is under way: on which items, on which replica, until when, and the references of its results.
 
     ``waiting`` are the ranks' small results that are not there yet, by reference; ``values`` those that are, by rank.
     ``error`` is what ended it before its end, ``was_lost`` whether that was the loss of the shared value, ``lost`` the place of a
     handle that it needed and that is gone.
     """
 
-    index: int
+    items: tuple[int, ...]
     replica: int
-    handle: Any
+    handles: Sequence[Any]
     deadline: float
     limit: str
     waiting: dict[Any, int]
@@ -58,8 +58,8 @@ class _Flight:
         return self.error is not None or not self.waiting
 
 
-_Start: TypeAlias = Callable[[int, Replica], tuple[list[Any], Any]]
-"""Starts a call on the item of this index in a replica; gives the references of the small results and of the large one."""
+_Start: TypeAlias = Callable[[tuple[int, ...], Replica], tuple[list[Any], Sequence[Any]]]
+"""Starts a call on some items in a replica; gives the reference of each rank's small results, and of each item's large one."""
 
 
 @dataclass(slots=True)
@@ -129,7 +129,7 @@ class RayPool:
         return [results[position] for position in sorted(results)]
 
     def _ask(self, name: str, position: int) -> _Flight:
-        return self._take_off(position, position, self._fleet.replicas[position].call(name), None)
+        return self._take_off((), position, self._fleet.replicas[position].call(name), ())
 
     def share(self, value: Any) -> _Put:
         """Put a value into the object store.
@@ -139,59 +139,77 @@ class RayPool:
         """
         return _Put(value, _put(value))
 
-    def map(self, name: str, items: Sequence[Any], shared: _Put) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: _Put, *, group: int = 1) -> Iterator[Finished]:
         """Run the items on whichever replica is free; at most one call is under way on each."""
-        return self._each(len(items), lambda index, replica: replica.run(name, items[index], shared.place), shared)
+
+        def start(indices: tuple[int, ...], replica: Replica) -> tuple[list[Any], Sequence[Any]]:
+            return replica.run(name, [items[index] for index in indices], shared.place)
+
+        return self._each(_cut(len(items), group), start, shared)
 
     def apply(
         self, function: Callable[[Any, Fetch], tuple[Any, Any]], items: Sequence[Any], handles: Sequence[Sequence[Any]]
     ) -> Iterator[Finished]:
         """Run a function in the leaders of whichever replicas are free."""
-        large = [Large(tuple(each)) for each in handles]
-        return self._each(len(items), lambda index, replica: replica.apply(function, items[index], large[index]), None)
 
-    def _each(self, count: int, start: _Start, shared: _Put | None) -> Iterator[Finished]:
+        def start(indices: tuple[int, ...], replica: Replica) -> tuple[list[Any], Sequence[Any]]:
+            (index,) = indices
+            return replica.apply(function, items[index], Large(tuple(handles[index])))
+
+        return self._each(_cut(len(items), 1), start, None)
+
+    def _each(self, calls: Sequence[tuple[int, ...]], start: _Start, shared: _Put | None) -> Iterator[Finished]:
         self._beats.rest_all()  # of calls that nobody waits for any more
-        queue = deque(range(count))
+        queue = deque(calls)
+        count = sum(len(each) for each in calls)
         tries, failures = [0] * count, [0] * count
         idle = deque(self._fleet.replicas)
         flights: list[_Flight] = []
         while queue or flights:
             while queue and idle:
-                index, position = queue.popleft(), idle.popleft()
-                tries[index] += 1
-                refs, handle = start(index, self._fleet.replicas[position])
-                flights.append(self._take_off(index, position, refs, handle))
+                indices, position = queue.popleft(), idle.popleft()
+                for index in indices:
+                    tries[index] += 1
+                refs, handles = start(indices, self._fleet.replicas[position])
+                flights.append(self._take_off(indices, position, refs, handles))
             flight = self._next(flights)
             if not flight.is_over:
                 continue  # other ranks of the call are still at it
             flights.remove(flight)
             if flight.replica in self._fleet.replicas:
                 idle.append(flight.replica)
-            index = flight.index
             if flight.error is None:
-                yield self._finished(flight, tries[index])
+                yield from self._finished(flight, tries)
                 continue
+            was_put = flight.was_lost and shared is not None and self._put_again(shared)
+            if len(flight.items) > 1:
+                # Nobody knows whose fault it was: each is run again by itself, and only then counted.
+                _log.warning("a call on %d items failed (%s); they are run again one by one", len(flight.items), flight.error)
+                queue.extendleft((index,) for index in reversed(flight.items))
+                continue
+            (index,) = flight.items
             if flight.lost is not None:
                 yield Finished(index=index, error=flight.error, num_tries=tries[index], replica=flight.replica, lost=flight.lost)
                 continue
-            if not (flight.was_lost and shared is not None and self._put_again(shared)):
+            if not was_put:
                 failures[index] += 1
             if failures[index] < self._options.max_failures:
                 _log.warning("try %d of item %d failed (%s); it is run again", tries[index], index, flight.error)
-                queue.appendleft(index)
+                queue.appendleft((index,))
             else:
                 yield Finished(index=index, error=flight.error, num_tries=tries[index], replica=flight.replica)
 
-    def _finished(self, flight: _Flight, num_tries: int) -> Finished:
-        return Finished(
-            index=flight.index,
-            value=flight.values[0],
-            handle=flight.handle,
-            num_tries=num_tries,
-            replica=flight.replica,
-            followers=tuple(flight.values[rank] for rank in sorted(flight.values) if rank),
-        )
+    def _finished(self, flight: _Flight, tries: Sequence[int]) -> Iterator[Finished]:
+        followers = [flight.values[rank] for rank in sorted(flight.values) if rank]
+        for place, index in enumerate(flight.items):
+            yield Finished(
+                index=index,
+                value=flight.values[0][place],
+                handle=flight.handles[place],
+                num_tries=tries[index],
+                replica=flight.replica,
+                followers=tuple(values[place] for values in followers),
+            )
 
     def _put_again(self, shared: _Put) -> bool:
         """Put a shared value that a replica could not find; false where that has not helped often enough."""
@@ -201,13 +219,13 @@ class RayPool:
         shared.num_puts += 1
         return True
 
-    def _take_off(self, index: int, position: int, refs: Sequence[Any], handle: Any) -> _Flight:
-        limit = self._options.task_timeout_s
+    def _take_off(self, items: tuple[int, ...], position: int, refs: Sequence[Any], handles: Sequence[Any]) -> _Flight:
+        limit = self._options.task_timeout_s * max(len(items), 1)
         self._beats.watch(position, self._fleet.replicas[position])
         return _Flight(
-            index=index,
+            items=items,
             replica=position,
-            handle=handle,
+            handles=handles,
             deadline=time.monotonic() + limit,
             limit=f"federation.task_timeout_s = {limit:.0f} s",
             waiting={ref: rank for rank, ref in enumerate(refs)},
@@ -249,7 +267,7 @@ class RayPool:
             cause = cause_of(raised)
             if isinstance(cause, _FINAL):
                 raise cause from None
-            if flight.handle is None:
+            if not flight.items:
                 raise cause from None  # of ``call``: what every replica is asked has no other one to try
             flight.was_lost = isinstance(raised.cause, LostShared)
             flight.lost = raised.cause.place if isinstance(raised.cause, LostHandle) else None
@@ -286,6 +304,10 @@ class RayPool:
     def close(self) -> None:
         """End every replica's process; one that does not answer at once is not waited for."""
         self._fleet.close()
+
+
+def _cut(count: int, size: int) -> list[tuple[int, ...]]:
+    return [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
 def _put(value: Any) -> Shared:

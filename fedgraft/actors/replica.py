@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +103,11 @@ class Rank:
         """Run a method without arguments."""
         return getattr(self._hosted, name)()
 
-    def run(self, name: str, item: Any, shared: Shared) -> tuple[Any, Any]:
-        """Run a method on an item; the shared value is fetched once and kept until another one comes.
+    def run(self, name: str, items: Sequence[Any], shared: Shared) -> tuple[Any, ...]:
+        """Run a method on some items, one after another; the shared value is fetched once and kept until another one comes.
+
+        Returns:
+            All small results, then the large ones, each an object of its own.
 
         Raises:
             LostShared: The shared value is gone from the object store.
@@ -114,10 +117,10 @@ class Rank:
                 self._shared = (shared.ref, ray.get(shared.ref))
             except ObjectLostError as error:
                 raise LostShared(str(error)) from None
-        small, large = getattr(self._hosted, name)(item, self._shared[1])
-        return small, large
+        pairs = [getattr(self._hosted, name)(item, self._shared[1]) for item in items]
+        return [small for small, _ in pairs], *(large for _, large in pairs)
 
-    def apply(self, function: Callable[[Any, Fetch], tuple[Any, Any]], item: Any, large: Large) -> tuple[Any, Any]:
+    def apply(self, function: Callable[[Any, Fetch], tuple[Any, Any]], item: Any, large: Large) -> tuple[list[Any], Any]:
         """Run a function on an item and large results of earlier calls, whoever made them.
 
         Raises:
@@ -138,7 +141,7 @@ class Rank:
                 raise LostHandle(place, str(error)) from None
 
         small, result = function(item, fetch)
-        return small, result
+        return [small], result
 
 
 class Replica:
@@ -178,15 +181,21 @@ class Replica:
         """Start a call without arguments in every rank; gives one reference a rank."""
         return [actor.call.remote(name) for actor in self._actors]
 
-    def run(self, name: str, item: Any, shared: Shared) -> tuple[list[Any], Any]:
-        """Start a call on an item in every rank; gives the references of their small results, and of the leader's large one."""
-        pairs = [actor.run.options(num_returns=2).remote(name, item, shared) for actor in self._actors]
-        return [small for small, _ in pairs], pairs[0][1]
+    def run(self, name: str, items: Sequence[Any], shared: Shared) -> tuple[list[Any], Sequence[Any]]:
+        """Start a call on some items in every rank.
 
-    def apply(self, function: Callable[[Any, Fetch], tuple[Any, Any]], item: Any, large: Large) -> tuple[list[Any], Any]:
+        Returns:
+            The reference of each rank's small results, and of each of the leader's large ones.
+        """
+        found = [actor.run.options(num_returns=1 + len(items)).remote(name, items, shared) for actor in self._actors]
+        return [small for small, *_ in found], found[0][1:]
+
+    def apply(
+        self, function: Callable[[Any, Fetch], tuple[Any, Any]], item: Any, large: Large
+    ) -> tuple[list[Any], Sequence[Any]]:
         """Start a function in the leader, the other ranks stay at rest; gives the references of its results as ``run`` does."""
         small, result = self._actors[0].apply.options(num_returns=2).remote(function, item, large)
-        return [small], result
+        return [small], [result]
 
     def end(self) -> list[Any]:
         """Start the end of every rank; gives one reference a rank."""

@@ -22,9 +22,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import Bounds as VariableBounds
-from scipy.optimize import LinearConstraint, linprog, milp
-from scipy.sparse import csr_array, vstack
 
 from fedgraft.errors import MethodError
 
@@ -267,6 +264,11 @@ def _rescaled(score: NDArray[np.float64], rows: CountBounds, columns: CountBound
 
 def _solve(score: NDArray[np.float64], rows: CountBounds, columns: CountBounds) -> NDArray[np.bool_] | None:
     """A vertex by the dual simplex; a mixed-integer search if it is not whole; ``None`` where nothing keeps to the bounds."""
+    # SciPy's solvers take half a second to import, and every replica has this module.
+    from scipy.optimize import Bounds as VariableBounds
+    from scipy.optimize import LinearConstraint, linprog, milp
+    from scipy.sparse import csr_array, vstack
+
     num_rows, num_columns = score.shape
     pairs = np.arange(score.size)
     ones = np.ones(score.size)

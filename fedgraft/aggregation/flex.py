@@ -24,7 +24,6 @@ from typing import Annotated, Literal, Self, TypeAlias, cast, get_args
 
 import torch
 from pydantic import Field, model_validator
-from scipy.stats import spearmanr
 from torch import nn
 
 from fedgraft.aggregation.fedavgm import FedAvgMOptions
@@ -346,6 +345,8 @@ def _rank_correlation(scores: ExpertScores, index: int) -> float | None:
     layer = scores.layers[index]
     if len(set(layer.loss.tolist())) < 2 or len(set(layer.tokens.tolist())) < 2:
         return None
+    from scipy.stats import spearmanr  # takes half a second to import, and only a client's setup needs it
+
     return float(spearmanr(-layer.loss.numpy(), layer.tokens.numpy()).statistic)
 
 

@@ -8,7 +8,7 @@ clients arrive, at most one partial sum a level waits, not the cohort.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -17,9 +17,12 @@ import torch
 from fedgraft.errors import UpdateError
 from fedgraft.types import Params
 
-__all__ = ["PartialSum", "TreeSum", "leaf", "merge", "sum_tree", "tree_of"]
+__all__ = ["PartialSum", "TreeSum", "leaf", "merge", "sum_tree", "sum_trees", "tree_of"]
 
 T = TypeVar("T")
+
+_SMALL = 1 << 12
+"""Values of a tensor up to which a call costs more than its work."""
 
 _CHUNK = 1 << 16
 """Values of a chunk: its partial sums stay in a core's cache, so that a tensor is read from memory once, whatever the cohort."""
@@ -202,3 +205,39 @@ def sum_tree(leaves: Sequence[tuple[torch.Tensor, float] | None]) -> torch.Tenso
         assert found is not None
         total[start:stop] = found
     return total.reshape(shape)
+
+
+def sum_trees(leaves: Mapping[str, Sequence[tuple[torch.Tensor, float] | None]]) -> Params:
+    """Sum many keys over a subtree, each as ``sum_tree`` does; small ones of the same clients with the same weights go together.
+
+    Args:
+        leaves: By key, tensor and weight of every place; somebody sent every key.
+    """
+    found: Params = {}
+    together: dict[tuple[float | None, ...], list[str]] = {}
+    for key, places in leaves.items():
+        tensors = [place[0] for place in places if place is not None]
+        if tensors[0].numel() <= _SMALL and all(tensor.is_floating_point() for tensor in tensors):
+            together.setdefault(tuple(None if place is None else place[1] for place in places), []).append(key)
+    for weights, keys in together.items():
+        found.update(_sum_together({key: leaves[key] for key in keys}, weights))
+    for key, places in leaves.items():
+        if key not in found:
+            summed = sum_tree(places)
+            assert summed is not None
+            found[key] = summed
+    return {key: found[key] for key in leaves}
+
+
+def _sum_together(leaves: Mapping[str, Sequence[tuple[torch.Tensor, float] | None]], weights: Sequence[float | None]) -> Params:
+    """Sum keys that the same places hold with the same weights, as one long vector a place."""
+    given = [weight for weight in weights if weight is not None]
+    columns = [[place[0] for place in places if place is not None] for places in leaves.values()]
+    rows = [column[i].reshape(-1) for i in range(len(given)) for column in columns]
+    # Wider than every part before anything is computed: concatenation takes the widest dtype, and each value stays what it was.
+    products = torch.cat(rows).double().view(len(given), -1).mul_(torch.tensor(given, dtype=torch.float64)[:, None])
+    waiting = iter(products.unbind())
+    total = tree_of((None if weight is None else next(waiting) for weight in weights), torch.Tensor.add_)
+    assert total is not None
+    parts = torch.split(total, [column[0].numel() for column in columns])
+    return {key: part.reshape(column[0].shape).clone() for key, part, column in zip(leaves, parts, columns, strict=True)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,7 +27,14 @@ class Entry:
 
     def as_json(self) -> dict[str, object]:
         """The row as it stands in ``ledger.jsonl``."""
-        return asdict(self)
+        return {
+            "round": self.round,
+            "client_id": self.client_id,
+            "direction": self.direction,
+            "group": self.group,
+            "bytes": self.bytes,
+            "is_retry": self.is_retry,
+        }
 
 
 def describe(tensors: Params, groups: Mapping[str, Group], *, kind: str | None = None) -> tuple[TensorInfo, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fedgraft.actors.hosting import Fetch, LostResult, Pool
-from fedgraft.aggregation.reduce import sum_tree, tree_of
+from fedgraft.aggregation.reduce import sum_trees, tree_of
 from fedgraft.errors import ClusterError, MethodError, UpdateError
 from fedgraft.platform.replies import EXTRA, address, announced_key, structure_problem, values_problem
 from fedgraft.platform.task_checks import spread_names
@@ -84,13 +84,10 @@ def sum_block(block: Block, fetch: Fetch) -> tuple[dict[int, str], Params]:
                     is_summed = True
             if not is_summed and (problem := values_problem(key, tensors[key])):
                 problems[place] = problem
-    total: Params = {}
+    total = sum_trees(leaves)
     for name, found in leaves.items():
-        summed = sum_tree(found)
-        assert summed is not None
-        total[name] = summed
         # One value that is not finite makes the sum of all so, for finite weights; finite values may add up to one as well.
-        if not math.isfinite(float(summed.sum())):
+        if not math.isfinite(float(total[name].sum())):
             for place, leaf_value in enumerate(found):
                 if leaf_value is not None and (problem := values_problem(_key_of(block, place, name), leaf_value[0])):
                     problems.setdefault(place, problem)
@@ -281,12 +278,8 @@ def _merge_there(sums: Sequence[Any], pool: Pool) -> list[Any]:
 def merge_sums(count: int, fetch: Fetch) -> tuple[None, Params]:
     """Merge the sums of neighbouring blocks, first to last."""
     sums: list[Params] = [fetch(place) for place in range(count)]
-    total: Params = {}
-    for name in dict.fromkeys(name for each in sums for name in each):
-        summed = sum_tree([(each[name], 1.0) if name in each else None for each in sums])
-        assert summed is not None
-        total[name] = summed
-    return None, total
+    names = dict.fromkeys(name for each in sums for name in each)
+    return None, sum_trees({name: [(each[name], 1.0) if name in each else None for each in sums] for name in names})
 
 
 def _block_size(count: int, replicas: int) -> int:

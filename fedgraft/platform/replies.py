@@ -73,9 +73,9 @@ def _payload_problem(task: ClientTask, update: ClientUpdate, state: ServerState,
     if unknown:
         return f"the reply has tensors that were not sent to this client: {', '.join(unknown[:3])}"
     for info in params:
-        expected = tuple(state.params[address(task, update, info.key)].shape)
+        expected = state.params[address(task, update, info.key)].shape
         if info.shape != expected:
-            return f"{info.key} has shape {info.shape}, sent was {expected}"
+            return f"{info.key} has shape {info.shape}, sent was {tuple(expected)}"
         if info.dtype not in _FLOATING:
             return f"{info.key} has dtype {info.dtype}, expected one of {', '.join(_FLOATING)}"
     size = sum(info.num_bytes for info in update.payload)
@@ -88,7 +88,7 @@ def _counts_problem(update: ClientUpdate, shape_LE: tuple[int, int]) -> str | No
     for key, value in update.statistics.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             return f"the statistic {key} has values that are not finite"
-    if tuple(update.expert_tokens.shape) != shape_LE or bool((update.expert_tokens < 0).any()):
+    if update.expert_tokens.shape != shape_LE or (update.expert_tokens.numel() and int(update.expert_tokens.min()) < 0):
         return f"expert_tokens has shape {tuple(update.expert_tokens.shape)} or negative counts, expected {shape_LE} counts"
     if update.num_examples < 0 or update.num_steps < 0:
         return f"the reply counts {update.num_examples} examples and {update.num_steps} steps"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -28,6 +28,7 @@ from fedgraft.platform.reduction import RefusedUpdates, sum_updates
 from fedgraft.platform.replies import ReplyLimits, check_reply
 from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.sampling import sample_cohort
+from fedgraft.platform.scheduling import Schedule
 from fedgraft.platform.state_store import ClientStateStore
 from fedgraft.platform.task_checks import check_budget, check_cohort, check_task, check_weights, is_held
 from fedgraft.platform.tracking import Tracker
@@ -75,6 +76,9 @@ class RunJob:
     budgets: tuple[Budget, ...] = ()
 
 
+_Shape: TypeAlias = tuple[tuple[str, ...], tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
+
+
 class RoundLoop:
     """Runs one job on a pool, from its last checkpoint if it has one.
 
@@ -118,6 +122,10 @@ class RoundLoop:
         self._until = 0
         self._at_once = 1
         self._shares_pass: dict[int, tuple[ClientTask, ...]] = {}
+        self._schedule = Schedule()
+        self._keys: tuple[str, ...] = ()
+        self._checked: set[_Shape] = set()
+        self._sent: dict[_Shape, tuple[TensorInfo, ...]] = {}
         self.hosting_s = 0.0
 
     def run(self, until: int | None = None) -> ServerState:
@@ -189,6 +197,7 @@ class RoundLoop:
         if self._until == rounds:
             self._check_frozen(frozen, [fact["frozen_hash"] for fact in self._pool.call("describe")])
             self._folder.write_info(frozen_hash_end=frozen)
+        self._folder.sync()
         self._folder.write_info(failures=self._failures)
         return state
 
@@ -250,6 +259,7 @@ class RoundLoop:
             return state
         trained = load_file(self._job.start)
         state = replace(state, params={key: trained[key] for key in state.params})
+        self._folder.sync()
         save(self._folder.checkpoint_folder, Checkpoint(round_idx=0, state=state, versions={}), store=self._store)
         return state
 
@@ -263,6 +273,7 @@ class RoundLoop:
         check_cohort(cohort, job.num_clients)
         assignments = method.assign(state, plan, cohort)
         is_last = round_idx == rounds
+        self._begin_round(state)
         tasks = [self._task(state, plan, client_id, assignments.get(client_id), is_last=is_last) for client_id in cohort]
         shared = self._pool.share(Broadcast(round_idx=round_idx, params=state.params, extras=state.extras))
         outcomes, handles, rows = self._train(tasks, state, shared)
@@ -287,10 +298,22 @@ class RoundLoop:
         # Before the checkpoint: after a kill between the two the round is run again, and tracking knows its steps.
         self._tracker.log_round(round_idx, metrics)
         if round_idx % job.checkpoint_every == 0 or round_idx == self._until:
+            self._folder.sync()
             checkpoint = Checkpoint(round_idx=round_idx, state=new_state, versions=self._versions)
             save(self._folder.checkpoint_folder, checkpoint, store=self._store)
             self._on_checkpoint()
         return new_state
+
+    def _begin_round(self, state: ServerState) -> None:
+        """Forget what was found out about the last round's tasks: most clients of a round are sent the same."""
+        self._keys = tuple(key for key in state.params if key in self._refs)
+        self._checked.clear()
+        self._sent.clear()
+
+    def _held(self, assignment: Assignment | None) -> tuple[str, ...]:
+        if assignment is None:
+            return self._keys
+        return tuple(key for key in self._keys if is_held(self._refs[key], assignment))
 
     def _task(
         self, state: ServerState, plan: RoundPlan, client_id: int, assignment: Assignment | None, *, is_last: bool
@@ -298,7 +321,7 @@ class RoundLoop:
         task = ClientTask(
             client_id=client_id,
             plan=plan,
-            keys=tuple(key for key in state.params if key in self._refs and is_held(self._refs[key], assignment)),
+            keys=self._held(assignment),
             extra_keys=tuple(state.extras),
             assignment=assignment,
             budget=self._method.federation.budget(client_id),
@@ -307,7 +330,10 @@ class RoundLoop:
             num_parts=self._known_parts(client_id, plan.round_idx),
         )
         task = self._method.task(state, task)
-        check_task(task, self._method.federation, state)
+        shape = _shape(task)
+        if task.assignment is not None or shape not in self._checked:
+            check_task(task, self._method.federation, state)
+            self._checked.add(shape)
         check_budget(task, self._method.federation, self._method.budget_use)
         return task
 
@@ -327,6 +353,8 @@ class RoundLoop:
         for attempt in range(1, self._job.federation.max_failures + 1):
             answered: set[int] = set()
             is_over: set[int] = set()
+            if self._pool.size > 1:
+                left = [left[place] for place in self._schedule.order([[tasks[i].client_id for i in each] for each in left])]
             for finished in self._map([tuple(tasks[i] for i in each) for each in left], shared):
                 if finished.index in answered:
                     for position in left[finished.index]:
@@ -341,16 +369,14 @@ class RoundLoop:
                     outcomes[position] = outcome
                     if isinstance(outcome, ClientUpdate):
                         self._note_parts(task, outcome)
+                        self._schedule.learn(task.client_id, outcome.seconds)
                     handles[position] = single.handle
                     down = (*sent[position], *self._describe_requested(outcome, state))
                     # What a client had sent in a pass that is run again was sent for nothing.
                     rows[position] = [replace(row, is_retry=row.is_retry or row.direction == "up") for row in rows[position]]
                     rows[position] += _charge(task, down, outcome, num_tries=single.num_tries, attempt=attempt)
-            left = [
-                each
-                for index, each in enumerate(left)
-                if index not in is_over and any(isinstance(outcomes[i], ClientFailure) for i in each)
-            ]
+            failed = [any(isinstance(outcomes[i], ClientFailure) for i in each) for each in left]
+            left = sorted(each for index, each in enumerate(left) if failed[index] and index not in is_over)
             if not left:
                 break
         for last in outcomes:
@@ -361,9 +387,10 @@ class RoundLoop:
 
     def _map(self, groups: Sequence[tuple[ClientTask, ...]], shared: Any) -> Iterator[Finished]:
         """Let replicas train clients, those of a group in one pass."""
+        together = self._schedule.group([[task.client_id for task in group] for group in groups], self._pool.size)
         if self._at_once == 1:
-            return self._pool.map("update", [task for (task,) in groups], shared)
-        return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared)
+            return self._pool.map("update", [task for (task,) in groups], shared, group=together)
+        return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared, group=together)
 
     def _note_failure(self, failure: ClientFailure) -> None:
         data: dict[str, Any] = {"client_id": failure.client_id, "stage": failure.stage, "error": failure.error}
@@ -389,6 +416,14 @@ class RoundLoop:
 
     def _describe_sent(self, task: ClientTask, state: ServerState) -> tuple[TensorInfo, ...]:
         """List what goes down to a client: parameters by group, extras."""
+        if task.extras:
+            return self._describe_task(task, state)
+        shape = _shape(task)
+        if shape not in self._sent:
+            self._sent[shape] = self._describe_task(task, state)
+        return self._sent[shape]
+
+    def _describe_task(self, task: ClientTask, state: ServerState) -> tuple[TensorInfo, ...]:
         return (
             *describe({key: state.params[task.addresses.get(key, key)] for key in task.keys}, self._groups),
             *describe({key: state.extras[key] for key in task.extra_keys} | task.extras, {}, kind="extras"),
@@ -396,7 +431,7 @@ class RoundLoop:
 
     def _describe_requested(self, outcome: ClientUpdate | ClientFailure, state: ServerState) -> tuple[TensorInfo, ...]:
         """List what a client asked for itself, in a second exchange of the round."""
-        if isinstance(outcome, ClientFailure):
+        if isinstance(outcome, ClientFailure) or not outcome.requested:
             return ()
         return describe({key: state.params[name] for key, name in outcome.requested.items()}, self._groups)
 
@@ -531,6 +566,11 @@ def _charge(task: ClientTask, sent: Sequence[TensorInfo], outcome: Any, *, num_t
     if isinstance(outcome, ClientUpdate):
         rows += entries(task.round_idx, task.client_id, "up", outcome.payload)
     return rows
+
+
+def _shape(task: ClientTask) -> _Shape:
+    """What decides about a task's names, beside what its client alone is sent or assigned."""
+    return task.keys, tuple(task.addresses.items()), task.extra_keys, task.publishes
 
 
 def _duplicate(task: ClientTask) -> ClientFailure:

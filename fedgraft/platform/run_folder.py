@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgraft.platform.storage import append_text, written_whole
+from fedgraft.platform.storage import append_text, sync_file, written_whole
 
 __all__ = ["RECORDS", "RunFolder", "write_json"]
 
@@ -47,6 +47,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        self._unsynced: set[Path] = set()
 
     @property
     def state_folder(self) -> Path:
@@ -64,12 +65,26 @@ class RunFolder:
         return [self.path / name for name in names]
 
     def append(self, record: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines to one of ``RECORDS``, all of them or none, and flush them to disk.
+        """Add lines to one of ``RECORDS``, all of them or none.
 
         Raises:
             StorageError: They cannot be written, e.g. as the disk is full.
         """
-        append_text(self.path / f"{record}.jsonl", "".join(json.dumps(dict(row)) + "\n" for row in rows))
+        text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
+        if text:
+            path = self.path / f"{record}.jsonl"
+            append_text(path, text)
+            self._unsynced.add(path)
+
+    def sync(self) -> None:
+        """Flush the lines added since the last call to disk: before a checkpoint, which is all that a run goes on from.
+
+        Raises:
+            StorageError: They cannot be written, e.g. as the disk is full.
+        """
+        for path in sorted(self._unsynced):
+            sync_file(path)
+        self._unsynced.clear()
 
     def truncate(self, last_round: int) -> None:
         """Drop the lines of rounds after ``last_round``, and a torn last line: a resumed run writes them again."""

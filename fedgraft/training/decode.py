@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer
 
 from fedgraft.errors import DataError
 from fedgraft.moe.prompts import announce_prompts
@@ -87,6 +85,10 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> Weighted:
     Returns:
         The sum of the F-measures, each in 0..1, over the number of texts.
     """
+    # NLTK and scikit-learn come with it: over a second for every replica and driver, of which few ever score a text.
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
     # The tokeniser is handed over because RougeScorer logs a line for each scorer that makes its own.
     scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=True))
     pairs = zip(predictions, references, strict=True)

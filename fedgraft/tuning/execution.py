@@ -40,7 +40,6 @@ from fedgraft.platform.node_files import Origin, put_folder
 from fedgraft.platform.plan import make_plan, this_machine
 from fedgraft.platform.progress import Event
 from fedgraft.platform.remote import RemoteFolder
-from fedgraft.platform.report import write_report
 from fedgraft.platform.results import read_comparison
 from fedgraft.platform.rounds import RoundLoop, RunJob
 from fedgraft.platform.run_folder import RunFolder, write_json
@@ -199,6 +198,8 @@ class Execution:
         self._write_comparison("finished", seconds=time.time() - self._started)
         artifacts = [self._folder / "config.yaml", self._folder / "comparison.json"]
         if self._config.output.report:
+            from fedgraft.platform.report import write_report  # Matplotlib takes a second to import
+
             self._stage("writing the report")
             result = read_comparison(self._folder)
             artifacts.append(write_report(result, self._folder / "report.html"))

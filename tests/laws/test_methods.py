@@ -49,7 +49,11 @@ def options_of(case: str) -> dict[str, Any]:
     return options
 
 
-@pytest.fixture(params=[*NAMES, *(pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS)])
+SLOW = {"fedadagrad", "fedyogi", *VARIANTS}
+"""Beside the variants, the two that differ from ``fedadam`` in one line of the server's step only."""
+
+
+@pytest.fixture(params=[pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -15,7 +15,8 @@ def ray_cluster() -> Iterator[None]:
     """Start Ray once; afterwards nothing of it may be left."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # "local": without an address Ray joins whatever cluster on this machine last noted its own.
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
     left = [child for child in psutil.Process().children(recursive=True) if "ray" in child.name().lower()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedgraft
 from fedgraft.errors import ClusterError, RunInterrupted
+from fedgraft.platform.pretraining import command
 from fedgraft.platform.pretraining.job import PretrainJob
-from fedgraft.platform.pretraining.ray_train import run_job
+from fedgraft.platform.pretraining.ray_train import JobResult, run_job
 from fedgraft.platform.progress import Event
 from fedgraft.training.pretrain import learning_rate_at
 
@@ -28,7 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`use_.*` is deprecated"),  # Ray Train reads options of Ray Data
 ]
 
-STEPS = 60
+STEPS = 36
+"""No whole number of times ten, which lie between checkpoints: the last step's is one more."""
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +76,39 @@ def _config(texts: Path, folder: Path, *overrides: str) -> Any:
     )
 
 
+@dataclass
+class Trained:
+    """A model that nothing disturbed, what Ray Train kept of its training, and the rows and checkpoints of it."""
+
+    folder: Path
+    result: JobResult
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[str] = field(default_factory=list)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fedgraft.pretrain_model(_config(texts, tmp_path_factory.mktemp("model"))).folder
+def trained(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Watched through the call that the command makes, for it removes the checkpoints afterwards."""
+    made = Trained(folder=tmp_path_factory.mktemp("model"), result=JobResult(step=0, is_finished=False, metrics={}))
+
+    def watched(*arguments: Any, on_step: Callable[[dict[str, Any]], None], **options: Any) -> JobResult:
+        def both(row: dict[str, Any]) -> None:
+            made.rows.append(row)
+            on_step(row)
+
+        made.result = run_job(*arguments, on_step=both, **options)
+        made.checkpoints = sorted(path.name for path in made.folder.glob("training/attempt-1/step-*"))
+        return made.result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "run_job", watched)
+        fedgraft.pretrain_model(_config(texts, made.folder))
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained: Trained) -> Path:
+    return trained.folder
 
 
 def test_two_workers_take_the_steps_of_one_plain_loop(undisturbed: Path) -> None:
@@ -139,7 +172,7 @@ def test_stopped_and_with_a_worker_killed_it_ends_at_the_same_weights(texts: Pat
         if event.kind == "pretrain" and event.data["step"] == 15:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(RunInterrupted, match=r"stopped after step (1[5-9]|[2-5]\d) of 60") as caught:
+    with pytest.raises(RunInterrupted, match=r"stopped after step (1[5-9]|2\d|3[0-5]) of 36") as caught:
         fedgraft.pretrain_model(_config(texts, folder), on_event=interrupt)
     assert caught.value.hint == f"go on with: fedgraft pretrain --resume {folder}"
     assert not (folder / "config.json").exists()
@@ -164,30 +197,16 @@ def test_stopped_and_with_a_worker_killed_it_ends_at_the_same_weights(texts: Pat
     assert outcome.record["held_out_nll"] == before["held_out_nll"]
 
 
-def test_ray_train_keeps_the_metrics_of_the_last_step(undisturbed: Path, tmp_path: Path) -> None:
+def test_ray_train_keeps_the_metrics_of_the_last_step(trained: Trained) -> None:
     """They are ``None`` for a training that reports no checkpoint, so the last step reports one."""
-    at = tmp_path / "training"
-    at.mkdir()
-    source = undisturbed / "training"
-    for path in (source / "config.json", source / "sequences.safetensors"):
-        (at / path.name).write_bytes(path.read_bytes())
-    (at / "tokenizer").mkdir()
-    for path in (source / "tokenizer").iterdir():
-        (at / "tokenizer" / path.name).write_bytes(path.read_bytes())
-    config = _config(undisturbed, tmp_path / "m", "training.steps=7", "workers.count=1")
-    rows: list[dict[str, Any]] = []
-    job = PretrainJob(spec=config.spec(), folder=at, target=at / "model")
-    result = run_job(
-        job, config.workers, folder=at, checkpoint_every=5, checkpoint=None, on_step=rows.append, stop=threading.Event()
-    )
-    print("metrics:", result.metrics)
-    assert (result.step, result.is_finished) == (7, True)
-    assert [row["step"] for row in rows] == list(range(1, 8))
+    result, rows = trained.result, trained.rows
+    assert (result.step, result.is_finished) == (STEPS, True)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert {name: result.metrics[name] for name in ("step", "loss", "grad_norm")} == {
         name: rows[-1][name] for name in ("step", "loss", "grad_norm")
     }
     assert result.metrics["held_out_nll"] > 0
-    assert sorted(path.name for path in at.glob("attempt-1/step-*")) == ["step-00000005", "step-00000007"]
+    assert trained.checkpoints == [f"step-{STEPS - STEPS % 10:08d}", f"step-{STEPS:08d}"]
 
 
 def test_more_workers_than_cores_is_an_error_before_anything_is_written(texts: Path, tmp_path: Path) -> None:

@@ -77,8 +77,12 @@ def test_too_many_ranks_are_refused_before_waiting() -> None:
 # ---- an experiment
 
 
-@pytest.fixture
-def make_config(make_base: Callable[..., Path], data_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+@pytest.fixture(scope="module")
+def make_config(
+    make_base: Callable[..., Path], data_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    folder = tmp_path_factory.mktemp("experiments")
+
     def make(name: str, engine: dict[str, Any], executor: dict[str, Any]) -> Any:
         fields = {"prompt": "q", "response": "a"}
         return fedgraft.load_config(
@@ -98,7 +102,7 @@ def make_config(make_base: Callable[..., Path], data_folder: Path, tmp_path: Pat
                 "engine": engine,
                 "executor": executor,
                 "tracking": {"enabled": False},
-                "output": {"folder": str(tmp_path / "runs"), "cache": str(tmp_path / "cache"), "report": False},
+                "output": {"folder": str(folder / "runs"), "cache": str(folder / "cache"), "report": False},
             }
         )
 
@@ -121,14 +125,19 @@ def _nll(found: dict[str, Any]) -> dict[Any, float]:
     }
 
 
+@pytest.fixture(scope="module")
+def alone(make_config: Callable[..., Any]) -> dict[str, Any]:
+    return _state(fedgraft.run(make_config("alone", {"name": "torch"}, {"kind": "in_process"})).folder)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_train_as_one_process_does(
     stage: int,
     make_config: Callable[..., Any],
+    alone: dict[str, Any],
     assert_same_bits: Callable[..., None],
     ray_processes: Callable[[str], list[psutil.Process]],
 ) -> None:
-    alone = _state(fedgraft.run(make_config("alone", {"name": "torch"}, {"kind": "in_process"})).folder)
     engine = {"name": "deepspeed", "stage": stage, "world_size": 2}
     if stage == 3:
         engine["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

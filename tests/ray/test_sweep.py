@@ -28,7 +28,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def make_sweep(make_base: Callable[..., Path], data_folder: Path, tmp_path: Path) -> Make:
-    def make(base: dict[str, Any] | None = None, **keys: Any) -> Any:
+    def make(base: dict[str, Any] | None = None, *, report: bool = False, **keys: Any) -> Any:
         fields = {"prompt": "q", "response": "a"}
         tree: dict[str, Any] = {
             "model": {"path": str(make_base())},
@@ -44,7 +44,7 @@ def make_sweep(make_base: Callable[..., Path], data_folder: Path, tmp_path: Path
             "evaluation": {"generate": "never", "choices": "never", "at_start": False},
             "executor": {"kind": "in_process"},
             "tracking": {"enabled": False},
-            "output": {"folder": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")},
+            "output": {"folder": str(tmp_path / "runs"), "cache": str(tmp_path / "cache"), "report": report},
         }
         return fedgraft.load_sweep({"name": "s", "base": tree | (base or {})} | keys)
 
@@ -108,9 +108,11 @@ def test_a_trial_is_judged_on_all_its_seeds_and_stopped_early(make_sweep: Make) 
     # The second rate is hopeless; with one trial at a time it comes to its first rung after the other one.
     space = {"training.learning_rate": [0.01, 1e-7]}
     scheduler = {"name": "asha", "min_rounds": 1, "reduction": 2}
-    sweep = make_sweep(space=space, scheduler=scheduler, seeds=[0, 1], resources={"concurrency": 1})
+    sweep = make_sweep(space=space, scheduler=scheduler, seeds=[0, 1], resources={"concurrency": 1}, report=True)
     notes: list[str] = []
     result = fedgraft.sweep(sweep, on_event=lambda event: notes.append(str(event.data.get("text", ""))))
+    assert result.report is not None
+    assert result.report.is_file()
     good, bad = result.trials
     assert (good.status, good.rungs.keys()) == ("finished", {"1", "2"})
     assert (bad.status, bad.rounds_done, bad.rounds) == ("stopped_early", 1, 2)

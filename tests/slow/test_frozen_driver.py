@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 def test_a_frozen_driver_is_ended_and_restarted(tmp_path: Path) -> None:
     job = Counting(folder=tmp_path, steps=3, options=PoolOptions(replicas=1), act="freeze", at=1)
     events: list[Any] = []
-    assert launch(job, ExecutorConfig(kind="ray", heartbeat_timeout_s=10), events.append) == [100, 101, 102]
+    assert launch(job, ExecutorConfig(kind="ray", heartbeat_timeout_s=5), events.append) == [100, 101, 102]
     notes = [event.data["text"] for event in events if not isinstance(event, int)]
-    assert "the driver actor has given no sign of life for 10 s; it is ended" in notes
+    assert "the driver actor has given no sign of life for 5 s; it is ended" in notes
     first, second = job.lives()
     assert not set(first) & set(second)
     assert not any(psutil.pid_exists(pid) for pid in first)

@@ -257,6 +257,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert "--dry-run" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_wrong_file_in_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("method: {name: flex, n_grafts: 2}\nfederation: {rounds: -1}\n")
     command = [sys.executable, "-m", "fedgraft", "run", "bad.yaml", "executor.kind=rya"]

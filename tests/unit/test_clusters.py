@@ -152,6 +152,7 @@ def test_the_slurm_script_is_a_script_and_its_command_is_ours() -> None:
     assert "RAY_AUTH_MODE=token" in text
 
 
+@pytest.mark.slow
 def test_submit_hands_everything_to_the_command(tmp_path: Path) -> None:
     """The script as ``ray submit`` runs it, in another folder, with a configuration that only the repository has."""
     (tmp_path / "fedgraft").symlink_to(ROOT)

@@ -41,12 +41,12 @@ def problems(source: object, *overrides: str) -> dict[str, Problem]:
 
 
 def test_every_mutation_is_valid_or_one_message_with_exit_code_2(fuzz: ModuleType) -> None:
-    counts, bad = fuzz.run(200, seed=0)
+    counts, bad = fuzz.run(80, seed=0)  # benchmarks/config_fuzz.py makes thousands
     print(counts)
     assert not bad, "\n\n".join(f"{mutation}\n{outcome.wrong}\n{outcome.text}" for mutation, outcome in bad[:5])
-    assert counts["valid"] >= 10
-    assert counts["refused"] >= 120
-    assert counts["valid"] + counts["refused"] == 200
+    assert counts["valid"] >= 4
+    assert counts["refused"] >= 48
+    assert counts["valid"] + counts["refused"] == 80
 
 
 def test_mutations_start_from_every_shown_file_and_are_the_same_for_a_seed(fuzz: ModuleType) -> None:

@@ -204,6 +204,7 @@ def test_sections_without_data_are_left_out(comparison: results.ComparisonResult
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_grafts_that_are_no_experts_copy_show_their_gates_only(tmp_path: Path) -> None:
     pages = {}
     for name in ("copy", "other"):
@@ -222,6 +223,7 @@ def test_grafts_that_are_no_experts_copy_show_their_gates_only(tmp_path: Path) -
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_single_run_is_told_against_its_start(comparison: results.ComparisonResult, tmp_path: Path) -> None:
     page = write_report(comparison.runs["FLEx graft"][0], tmp_path / "one.html").read_text(encoding="utf-8")
     assert "<h1>FLEx graft on olmoe</h1>" in page

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -317,6 +319,17 @@ def test_an_empty_prompt_is_refused() -> None:
 )
 def test_rouge_l_by_hand(prediction: str, reference: str, expected: float) -> None:
     assert rouge_l([prediction], [reference]).total == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.slow  # a process that imports what a replica does
+def test_only_who_scores_a_text_pays_for_what_scores_it() -> None:
+    code = (
+        "import sys\nimport fedgraft.platform.worker\nfrom fedgraft.training.decode import rouge_l\n"
+        "early = {'nltk', 'sklearn'} & set(sys.modules)\nrouge_l(['a'], ['a'])\n"
+        "sys.exit(','.join(sorted(early)) or ('nltk' not in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_rouge_l_sums_over_texts_and_is_quiet(caplog: pytest.LogCaptureFixture) -> None:

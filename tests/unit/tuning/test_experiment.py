@@ -132,6 +132,7 @@ def test_resuming_on_other_data_is_refused(make_config: Make, monkeypatch: pytes
         fedgraft.run(resume=folder)
 
 
+@pytest.mark.slow
 def test_a_report_of_grafts_needs_no_general_text(make_config: Make) -> None:
     output = make_config().output.model_dump(mode="json") | {"report": True}
     result = fedgraft.run(make_config(method={"name": "flex"}, output=output))

@@ -16,6 +16,7 @@ from fedgraft.registry import METHODS
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_every_run_keeps_its_clients_budgets(
     make_base: Callable[..., Path], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
