@@ -350,7 +350,8 @@ def _method_plan(
             steps * federation.batch_size * tokens * flops_per_token(active, slots.active, own=slots.active_own, is_training=True)
         )
         flops += judged * tokens * flops_per_token(active, slots.active, own=slots.active_own, is_training=False)
-        seconds = flops / (machine.speed * _EFFICIENCY * min(replicas, max(1, machine.cores // config.executor.threads)))
+        ranks = min(replicas * config.engine.world_size, max(1, machine.cores // config.executor.threads))
+        seconds = flops / (machine.speed * _EFFICIENCY * ranks)
     return MethodPlan(
         label=label,
         method=method.name,

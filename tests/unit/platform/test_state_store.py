@@ -149,3 +149,27 @@ def test_a_version_that_is_written_again_after_it_was_pruned_has_its_own_digest(
     remote.prune(1, {2})
     remote.write(1, 1, {"x": torch.ones(1)})
     assert remote.digest(1, 1) != before
+
+
+def test_a_file_is_read_once_until_it_is_another_one(store: ClientStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write(1, 1, {"x": torch.zeros(1)})
+    reads: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+    first = store.digest(1, 1)
+    assert store.digest(1, 1) == first
+    assert len(reads) == 1
+    store.write(1, 1, {"x": torch.ones(1)})
+    assert store.digest(1, 1) != first
+    assert len(reads) == 2
+    # Whoever writes says the digest.
+    said = store.write(1, 2, {"x": torch.ones(1)})
+    store.note_digest(1, 2, said)
+    assert store.digest(1, 2) == said
+    assert len(reads) == 2
+    assert said == ClientStateStore(store._folder).digest(1, 2)
+
+
+def test_both_kinds_of_store_say_the_digest_of_what_they_wrote(remote: ClientStateStore, store: ClientStateStore) -> None:
+    state = {"x": torch.arange(5.0)}
+    assert remote.write(1, 1, state) == store.write(1, 1, state) == remote.digest(1, 1)
