@@ -234,14 +234,14 @@ class Timed:
 
     @property
     def cpu(self) -> list[float]:
-        """Processor seconds of this process for each round but the first of the last part."""
+        """processor seconds of this thread for each round but the first of the last part."""
         return [after - before for before, after in zip(self.cpu_ends, self.cpu_ends[1:], strict=False)]
 
     def note(self, event: Event) -> None:
         """Take the time of a round's event."""
         if event.kind == "round":
             self.ends.append(time.perf_counter())
-            self.cpu_ends.append(time.process_time())
+            self.cpu_ends.append(time.thread_time())
 
 
 def run_rounds(timed: Timed, until: int) -> tuple[ServerState, list[float]]:
@@ -289,16 +289,11 @@ def ratio(found: dict[str, dict[str, Any]], name: str, base: str) -> float:
 
 
 class PeakMemory:
-    """The most memory, MiB, that processes took while this was open, looked at every ``every_s``; a thread of this process looks.
+    """The most private memory (USS), MiB, that this process took while this was open; a thread looks every ``every_s``."""
 
-    ``private`` is of this process alone (USS: what no other process shares); ``tree`` the PSS of it and all its children, where a
-    page that several processes share counts once.
-    """
-
-    def __init__(self, *, every_s: float = 0.05, with_tree: bool = False) -> None:
-        self.private = self.tree = 0.0
+    def __init__(self, every_s: float = 0.05) -> None:
+        self.private = 0.0
         self._every_s = every_s
-        self._with_tree = with_tree
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -314,17 +309,8 @@ class PeakMemory:
         own = psutil.Process()
         while True:
             self.private = max(self.private, own.memory_full_info().uss / MIB)
-            if self._with_tree:
-                self.tree = max(self.tree, sum(_pss(process) for process in (own, *own.children(recursive=True))) / MIB)
             if self._ended.wait(self._every_s):
                 return
-
-
-def _pss(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().pss)
-    except psutil.Error:
-        return 0  # it has just ended
 
 
 def machine() -> str:

@@ -19,7 +19,7 @@ import torch
 
 from fedgraft.types import Batch
 
-__all__ = ["PEAKS", "Clock", "Memory", "free", "measure_matmul", "median", "peak_of", "timed"]
+__all__ = ["PEAKS", "Clock", "Memory", "free", "measure_matmul", "median", "peak_of", "peak_pss", "timed"]
 
 PEAKS = {  # dense bf16 FLOPs a second by the vendors' data sheets; the first name contained in the device's own is taken
     "H200": 989e12,
@@ -140,3 +140,26 @@ def free(device: torch.device) -> None:
 
 def median(values: list[float]) -> float:
     return round(statistics.median(values), 3)
+
+
+def peak_pss(pid: int, is_running: Callable[[], bool], every_s: float = 0.2) -> int:
+    """Watch a process and all its children until ``is_running`` is false; gives the most bytes (PSS) that they took together.
+
+    A page that several processes share counts once.
+    """
+    most = 0
+    while is_running():
+        try:
+            root = psutil.Process(pid)
+            most = max(most, sum(_pss_of(process) for process in (root, *root.children(recursive=True))))
+        except psutil.Error:
+            break  # it has just ended
+        time.sleep(every_s)
+    return most
+
+
+def _pss_of(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0  # it has just ended

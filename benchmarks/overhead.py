@@ -13,11 +13,9 @@ hash.
     actors       two replicas on Ray, the same
     all_on       in this process with a checkpoint after every round and MLflow (SQLite), as a user's run has it by default
 
-``over_plain`` is the median, turn by turn, of a part's time over the plain loop's; ``cpu_ms`` is what this process computed
-(replicas
-and Ray not counted), which is steadier on a busy machine. Final parameters must be those of the plain loop to 1e-5. All parts
-run in turn, ``--repeats`` times; a round's time is the median
-of the parts' means. One JSON line on stdout.
+``over_plain`` is the median, turn by turn, of a part's time over the plain loop's; ``cpu_ms`` is what the loop's own thread
+computed (replicas and Ray not counted), which is steadier on a busy machine. Every turn begins anew, and its final parameters
+must be those of the plain loop to 1e-5. All parts run in turn, ``--repeats`` times. One JSON line on stdout.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,26 +139,28 @@ def measure(folder: Path, num_clients: int, rounds: int, repeats: int) -> dict[s
         job = job_of(folder / name, data, PerceptronSpec, num_clients=num_clients, cohort=COHORT, **more)
         timed[name] = Timed(job, pool_of(replicas))
     timed["all_on"].tracker = Tracker.start(TrackingConfig(), folder / "mlflow", "overhead", {})
-    done = dict.fromkeys(timed, 0)
     clients = Clients()
-    plain_params, plain_done = clients.start(), 0
+    start = clients.start()
     ends: dict[str, Params] = {}
+    apart: dict[str, float] = dict.fromkeys(timed, 0.0)
     cpu: dict[str, list[float]] = {name: [] for name in ("plain", *timed)}
+    turn = 0
 
     def plain() -> float:
-        nonlocal plain_params, plain_done
-        plain_params = plain_loop(clients, plain_params, plain_done + 1, plain_done + 1, num_clients)
-        started, cpu_started = time.perf_counter(), time.process_time()
-        plain_params = plain_loop(clients, plain_params, plain_done + 2, plain_done + 1 + rounds, num_clients)
-        plain_done += 1 + rounds
-        cpu["plain"].append((time.process_time() - cpu_started) / rounds)
+        params = plain_loop(clients, start, 1, 1, num_clients)
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        ends["plain"] = plain_loop(clients, params, 2, 1 + rounds, num_clients)
+        cpu["plain"].append((time.thread_time() - cpu_started) / rounds)
         return (time.perf_counter() - started) / rounds
 
     def ours(name: str) -> float:
-        done[name] += 1 + rounds
-        state, found = run_rounds(timed[name], done[name])
-        ends[name] = state.params
-        cpu[name].append(statistics.mean(timed[name].cpu))
+        nonlocal turn
+        turn += 1
+        each = timed[name]
+        each.job = replace(each.job, folder=folder / f"{name}-{turn}")
+        state, found = run_rounds(each, 1 + rounds)
+        apart[name] = max(apart[name], *(float((state.params[key] - ends["plain"][key]).abs().max()) for key in start))
+        cpu[name].append(statistics.mean(each.cpu))
         return sum(found) / len(found)
 
     parts: dict[str, Callable[[], float]] = {"plain": plain} | {name: partial(ours, name) for name in timed}
@@ -169,7 +170,6 @@ def measure(folder: Path, num_clients: int, rounds: int, repeats: int) -> dict[s
         for each in timed.values():
             each.pool.close()
         timed["all_on"].tracker.finish("finished")
-    apart = {name: max(float((ends[name][key] - plain_params[key]).abs().max()) for key in plain_params) for name in ends}
     assert max(apart.values()) <= TOLERANCE, f"final parameters differ from the plain loop's: {apart}"
     seconds = {name: each["median"] for name, each in found.items()}
     ratios = {name: ratio(found, name, "plain") for name in timed}
@@ -215,7 +215,7 @@ def run(*, clients: list[int], rounds: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--rounds", type=int, default=40, help="rounds of a part that count")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of a part that count")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path)
     given = vars(parser.parse_args())

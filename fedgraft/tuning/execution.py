@@ -32,7 +32,8 @@ from fedgraft.errors import (
 )
 from fedgraft.moe.base import cache_base
 from fedgraft.platform.budget_sizes import run_budgets
-from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
+from fedgraft.platform.bundled_model import ensure_bundled_model
+from fedgraft.platform.cache_folder import default_cache
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.loading import load_config
 from fedgraft.platform.mirror import Mirror
