@@ -68,6 +68,7 @@ class ClientStateStore:
 
     def write(self, client_id: int, version: int, state: Params) -> str:
         """Store a client's state after round ``version``; gives the SHA-256 of its file."""
+        self._known.pop(client_id, None)
         if isinstance(self._folder, RemoteFolder):
             data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
             self._folder.write(_name(client_id, version), data)
