@@ -303,8 +303,8 @@ class Execution:
         if self._config.executor.replicas is not None:
             return planned
         if self._config.executor.kind == "ray" and self._outer is None:
-            memory = max(method.need.ranks * method.need.rank.host for method in methods)
-            held = places_by_node(pool_options(self._config, 1), memory, max(method.need.rank.shared for method in methods))
+            own = max(method.need.rank.host for method in methods)
+            held = places_by_node(pool_options(self._config, 1), own, max(method.need.rank.shared for method in methods))
             planned = planned if held is None else held
         return max(1, min(planned, self._config.federation.cohort_size or num_clients, num_clients))
 
