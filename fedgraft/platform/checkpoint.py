@@ -85,7 +85,7 @@ def _write(scratch: Path, checkpoint: Checkpoint, store: ClientStateStore) -> No
         "notes": dict(checkpoint.state.notes),
         "versions": {str(client): version for client, version in checkpoint.versions.items()},
         "sha256": _digest(scratch / "state.safetensors"),
-        "private": {str(client): store.digest(client, version) for client, version in checkpoint.versions.items()},
+        "private": {str(client): store.known_digest(client, version) for client, version in checkpoint.versions.items()},
     }
     write_json(record | {"record_sha256": _record_digest(record)}, scratch / "state.json")
 

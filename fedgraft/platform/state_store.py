@@ -7,7 +7,6 @@ an object store, which replicas and driver read and write directly.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from pathlib import Path
@@ -55,7 +54,7 @@ class ClientStateStore:
 
     def __init__(self, folder: Path | RemoteFolder) -> None:
         self._folder = folder
-        self._digests: dict[int, dict[int, tuple[tuple[int, int], str]]] = {}
+        self._known: dict[int, tuple[int, str]] = {}
         self._kept: dict[int, frozenset[int]] = {}
 
     def path(self, client_id: int, version: int) -> Path:
@@ -69,6 +68,7 @@ class ClientStateStore:
 
     def write(self, client_id: int, version: int, state: Params) -> str:
         """Store a client's state after round ``version``; gives the SHA-256 of its file."""
+        self._known.pop(client_id, None)
         if isinstance(self._folder, RemoteFolder):
             data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
             self._folder.write(_name(client_id, version), data)
@@ -97,38 +97,30 @@ class ClientStateStore:
     def digest(self, client_id: int, version: int) -> str:
         """SHA-256 of the stored file.
 
-        A file is read once, or never if whoever wrote it has said its digest, since every checkpoint asks for all clients'
-        states: on a disk until it is another one, by its time and size; in a store for good, as a version is written in its own
-        round and asked for after it.
-
         Raises:
             OSError: There is no such file.
         """
-        mark, digests = self._mark(client_id, version), self._digests.setdefault(client_id, {})
-        known = digests.get(version)
-        if known is None or known[0] != mark:
-            known = digests[version] = (mark, hashlib.sha256(self._bytes(client_id, version)).hexdigest())
-        return known[1]
-
-    def note_digest(self, client_id: int, version: int, digest: str) -> None:
-        """Take the digest of a file from whoever has just written it; of one that is not to be seen, ``digest`` tells."""
-        with contextlib.suppress(OSError):
-            self._digests.setdefault(client_id, {})[version] = (self._mark(client_id, version), digest)
-
-    def _mark(self, client_id: int, version: int) -> tuple[int, int]:
-        """What changes when a file on a disk is another one."""
-        if isinstance(self._folder, RemoteFolder):
-            return 0, 0
-        stat = self.path(client_id, version).stat()
-        return stat.st_mtime_ns, stat.st_size
-
-    def _bytes(self, client_id: int, version: int) -> bytes:
         if not isinstance(self._folder, RemoteFolder):
-            return self.path(client_id, version).read_bytes()
+            return hashlib.sha256(self.path(client_id, version).read_bytes()).hexdigest()
         try:
-            return self._folder.read(_name(client_id, version))
+            return hashlib.sha256(self._folder.read(_name(client_id, version))).hexdigest()
         except StorageError as error:
             raise OSError(error.message) from error
+
+    def note_digest(self, client_id: int, version: int, digest: str) -> None:
+        """Take the SHA-256 of a state from whoever has just written it."""
+        self._known[client_id] = (version, digest)
+
+    def known_digest(self, client_id: int, version: int) -> str:
+        """SHA-256 of a state as its writer said it, or as it was when this store first asked for it.
+
+        A version is written in its own round only. A checkpoint names every client's state, and most have not changed since the
+        one before.
+        """
+        known = self._known.get(client_id)
+        if known is None or known[0] != version:
+            self._known[client_id] = known = (version, self.digest(client_id, version))
+        return known[1]
 
     def prune(self, client_id: int, keep: set[int]) -> None:
         """Delete the versions of a client that are not in ``keep``, and what replicas that were killed had half written.
@@ -138,8 +130,6 @@ class ClientStateStore:
         if self._kept.get(client_id) == frozenset(keep):
             return
         self._kept[client_id] = frozenset(keep)
-        digests = self._digests.get(client_id, {})
-        self._digests[client_id] = {version: found for version, found in digests.items() if version in keep}
         if isinstance(self._folder, RemoteFolder):
             folder = self._folder.child(f"{client_id:06d}")
             for name in folder.names():

@@ -32,7 +32,8 @@ from fedgraft.errors import (
 )
 from fedgraft.moe.base import cache_base
 from fedgraft.platform.budget_sizes import run_budgets
-from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
+from fedgraft.platform.bundled_model import ensure_bundled_model
+from fedgraft.platform.cache_folder import default_cache
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.loading import load_config
 from fedgraft.platform.mirror import Mirror
@@ -302,8 +303,8 @@ class Execution:
         if self._config.executor.replicas is not None:
             return planned
         if self._config.executor.kind == "ray" and self._outer is None:
-            memory = max(method.need.ranks * method.need.rank.host for method in methods)
-            held = places_by_node(pool_options(self._config, 1), memory, max(method.need.rank.shared for method in methods))
+            own = max(method.need.rank.host for method in methods)
+            held = places_by_node(pool_options(self._config, 1), own, max(method.need.rank.shared for method in methods))
             planned = planned if held is None else held
         return max(1, min(planned, self._config.federation.cohort_size or num_clients, num_clients))
 
