@@ -278,7 +278,7 @@ def settle(config: RunConfig, machine: MachineFacts | None = None) -> RunConfig:
     if config.engine.clients_at_once != "auto":
         return config
     machine = machine or this_machine()
-    cohort = config.federation.cohort_size or _num_clients(config.data) or _MOST_AT_ONCE
+    cohort = min(filter(None, (config.federation.cohort_size, _num_clients(config.data))), default=_MOST_AT_ONCE)
     size = 2 * _MOST_AT_ONCE
     while True:
         size //= 2

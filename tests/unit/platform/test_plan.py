@@ -254,13 +254,23 @@ def test_what_the_engine_cannot_do_is_refused_before_anything_is_made() -> None:
         make_plan(load_config(None, row))
 
 
+LONG = (
+    "federation.cohort_size=5",
+    "executor.kind=in_process",
+    "data.max_length=512",
+    "federation.batch_size=64",
+    "evaluation.batch_size=1",
+)
+
+
 @pytest.mark.parametrize(
     ("overrides", "memory", "expected"),
     [
         (("federation.cohort_size=5", "executor.kind=in_process"), 8 * 2**30, 4),
         (("federation.cohort_size=5", "executor.replicas=2"), 8 * 2**30, 2),
         (("federation.cohort_size=3", "executor.replicas=4"), 8 * 2**30, 1),
-        (("federation.cohort_size=5", "executor.kind=in_process", "data.max_length=4096", "federation.batch_size=64"), 2**32, 1),
+        (("federation.cohort_size=9", "executor.kind=in_process"), 8 * 2**30, 4),  # there are five clients
+        (LONG, 2**31, 2),
     ],
 )
 def test_auto_takes_as_many_clients_at_once_as_work_and_memory_allow(
@@ -272,7 +282,7 @@ def test_auto_takes_as_many_clients_at_once_as_work_and_memory_allow(
     assert settled.engine.clients_at_once == expected
     assert make_plan(config, machine).refusal is None
     fixed = load_config(None, [f"model.path={folder}", *CLIENTS, f"engine.clients_at_once={2 * expected}", *overrides])
-    if memory == 2**32:
+    if memory == 2**31:
         assert make_plan(fixed, machine).refusal is not None
     assert settle(fixed, machine) is fixed
 
