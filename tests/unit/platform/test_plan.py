@@ -190,8 +190,8 @@ def test_replicas_that_fit(overrides: list[str], clients: int | None, machine: M
 
 
 def test_ranks_of_a_replica_share_its_time(folder: Path) -> None:
-    one = method_of(folder, "method.name=fedavg", "rate_search=null", "executor.replicas=1")
-    two = method_of(folder, "method.name=fedavg", "rate_search=null", "executor.replicas=1", "engine.world_size=2")
+    one = method_of(folder, "{name: fedavg}", "rate_search=null", "executor.replicas=1")
+    two = method_of(folder, "{name: fedavg}", "rate_search=null", "executor.replicas=1", "engine.world_size=2")
     assert one.seconds is not None
     assert two.seconds == pytest.approx(one.seconds / 2)
 
