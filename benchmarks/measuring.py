@@ -142,10 +142,10 @@ def median(values: list[float]) -> float:
     return round(statistics.median(values), 3)
 
 
-def peak_pss(pid: int, is_running: Callable[[], bool], every_s: float = 0.2) -> int:
+def peak_pss(pid: int, is_running: Callable[[], bool], every_s: float = 1.0) -> int:
     """Watch a process and all its children until ``is_running`` is false; gives the most bytes (PSS) that they took together.
 
-    A page that several processes share counts once.
+    A page that several processes share counts once. Looking costs processor time itself: the kernel walks every page table.
     """
     most = 0
     while is_running():

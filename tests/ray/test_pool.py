@@ -233,3 +233,20 @@ def test_a_lost_result_is_named_by_its_place_and_nothing_is_tried_again(pool: Ra
     assert (found.lost, found.num_tries) == (2, 1)
     assert found.error
     assert pool.call("pid") == before, "no replica is to blame"
+
+
+def test_items_that_go_together_are_answered_one_by_one(pool: RayPool) -> None:
+    found = {done.index: done for done in pool.map("work", [Item(number=n) for n in range(7)], pool.share(100), group=3)}
+    assert {index: done.value for index, done in found.items()} == {n: n + 100 for n in range(7)}
+    assert all(done.num_tries == 1 for done in found.values())
+    assert [pool.fetch(found[n].handle)[0] for n in range(7)] == list(range(7))
+    assert found[0].replica == found[1].replica == found[2].replica
+
+
+def test_of_items_that_went_together_only_the_bad_one_fails(pool: RayPool, tmp_path: Path) -> None:
+    items = [Item(number=n, act={1: "raise", 4: "die"}.get(n, ""), once=tmp_path / "died") for n in range(6)]
+    found = {done.index: done for done in pool.map("work", items, pool.share(100), group=3)}
+    assert {n: found[n].value for n in (0, 2, 3, 4, 5)} == {n: n + 100 for n in (0, 2, 3, 4, 5)}
+    assert "item 1 is bad" in str(found[1].error)
+    # Once with the others at nobody's expense, then alone: twice for the bad one, as max_failures says.
+    assert [found[n].num_tries for n in range(6)] == [2, 3, 2, 2, 2, 2]

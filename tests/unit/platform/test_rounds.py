@@ -16,7 +16,9 @@ from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
 from fedgraft.actors.local import LocalPool
 from fedgraft.aggregation.fedavg import FedAvg
 from fedgraft.aggregation.flex import Flex
-from fedgraft.errors import CheckpointError, FedgraftError, GroupViolation, QuorumError, RunInterrupted
+from fedgraft.errors import CheckpointError, FedgraftError, GroupViolation, MethodError, QuorumError, RunInterrupted
+from fedgraft.platform import rounds as round_loop
+from fedgraft.platform import run_folder
 from fedgraft.platform.rounds import RoundLoop, usage_entropy
 from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.sampling import sample_cohort
@@ -388,3 +390,35 @@ def test_validation_examples_are_judged_beside_the_test_ones_and_change_no_summa
     assert both.rows("diagnostics") == plain.rows("diagnostics")
     summaries = [[event.data["nll"] for event in ran.events if event.kind == "evaluation"] for ran in (plain, both)]
     assert summaries[0] == summaries[1]
+
+
+def test_a_checkpoint_comes_after_its_rounds_lines_are_on_disk(make_job: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    save, sync = round_loop.save, run_folder.sync_file
+
+    def saved(*given: Any, **more: Any) -> None:
+        log.append("checkpoint")
+        save(*given, **more)
+
+    def synced(path: Path) -> None:
+        log.append(path.stem)
+        sync(path)
+
+    monkeypatch.setattr(round_loop, "save", saved)
+    monkeypatch.setattr(run_folder, "sync_file", synced)
+    job = replace(make_job(FEDAVG), rounds=5, checkpoint_every=2)
+    loop_on(job, LocalPool(PoolOptions(replicas=1))).run()
+    records = ["diagnostics", "hashes", "ledger", "metrics"]  # nothing for a round that no checkpoint names yet
+    assert log == [*records, "checkpoint", *records, "checkpoint", *sorted([*records, "evaluations"]), "checkpoint"]
+
+
+def test_every_task_is_checked_also_where_only_the_last_one_is_bad(make_job: Maker, use_method: Callable[..., None]) -> None:
+    def task(self: Any, state: Any, task: Any) -> Any:
+        if task.client_id < 2:
+            return task
+        first, second = task.keys[:2]
+        return replace(task, addresses={first: second})
+
+    use_method(FedAvg, task=task)
+    with pytest.raises(MethodError, match="the task of client 2 "):
+        loop_on(replace(make_job(FEDAVG), rounds=1), LocalPool(PoolOptions(replicas=1))).run()

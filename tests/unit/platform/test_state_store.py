@@ -99,6 +99,35 @@ def test_prune_takes_what_a_killed_replica_had_half_written(store: ClientStateSt
     assert len(list(store.path(2, 3).parent.iterdir())) == 2  # another client's are its own business
 
 
+def test_a_digest_is_taken_once_a_version(store: ClientStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    digest = ClientStateStore.digest
+
+    def counted(self: ClientStateStore, client_id: int, version: int) -> str:
+        asked.append((client_id, version))
+        return digest(self, client_id, version)
+
+    monkeypatch.setattr(ClientStateStore, "digest", counted)
+    for version in (1, 4):
+        store.write(7, version, {"w": torch.tensor([version])})
+        for _ in range(3):
+            assert store.known_digest(7, version) == digest(store, 7, version)
+    assert asked == [(7, 1), (7, 4)]
+
+
+def test_prune_looks_again_only_where_something_changed(store: ClientStateStore) -> None:
+    for version in (1, 2):
+        store.write(3, version, {"w": torch.zeros(1)})
+    store.prune(3, {2})
+    late = store.path(3, 1)
+    late.write_bytes(b"put there behind its back")
+    store.prune(3, {2})
+    assert late.is_file()
+    store.write(3, 3, {"w": torch.zeros(1)})
+    store.prune(3, {2, 3})
+    assert sorted(path.name for path in late.parent.iterdir()) == ["round-000002.safetensors", "round-000003.safetensors"]
+
+
 def test_folders_are_made(tmp_path: Path) -> None:
     write_tensors({"w": torch.ones(1)}, tmp_path / "a" / "b" / "c.safetensors")
     assert (tmp_path / "a" / "b" / "c.safetensors").is_file()
