@@ -189,6 +189,13 @@ def test_replicas_that_fit(overrides: list[str], clients: int | None, machine: M
     assert num_replicas(load_config(None, overrides), clients, machine, need) == expected
 
 
+def test_ranks_of_a_replica_share_its_time(folder: Path) -> None:
+    one = method_of(folder, "{name: fedavg}", "rate_search=null", "executor.replicas=1")
+    two = method_of(folder, "{name: fedavg}", "rate_search=null", "executor.replicas=1", "engine.world_size=2")
+    assert one.seconds is not None
+    assert two.seconds == pytest.approx(one.seconds / 2)
+
+
 def test_speed_is_measured_and_threads_are_left_as_they_were() -> None:
     import torch
 
