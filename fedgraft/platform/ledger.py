@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from fedgraft.errors import GroupViolation
 from fedgraft.types import Group, Params, TensorInfo
 
-__all__ = ["Entry", "describe", "entries", "num_bytes", "refuse_private"]
+__all__ = ["Entry", "describe", "dtype_name", "entries", "num_bytes", "refuse_private"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +60,8 @@ def describe(tensors: Params, groups: Mapping[str, Group], *, kind: str | None =
             TensorInfo(
                 key=key,
                 shape=tuple(tensor.shape),
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                num_bytes=num_bytes(tensor),
+                dtype=dtype_name(tensor.dtype),
+                num_bytes=tensor.nbytes,
                 group=str(group.kind) if kind is None and group is not None else str(kind),
             )
         )
@@ -87,6 +88,12 @@ def refuse_private(tensors: Params, private: Params, frozen: Params) -> None:
 def _has_values(tensor: torch.Tensor, secret: torch.Tensor) -> bool:
     flat = secret.reshape(-1)
     return torch.equal(tensor.reshape(-1).to(flat), flat) and bool((flat != flat[0]).any())
+
+
+@cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as it stands in a payload: ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def num_bytes(tensor: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fedgraft.actors.hosting import Finished
+from fedgraft.platform.ledger import dtype_name
 from fedgraft.types import ClientFailure, ClientTask, ClientUpdate, Federation, Params, ServerState, TensorInfo
 
 __all__ = ["EXTRA", "ReplyLimits", "address", "announced_key", "check_reply", "structure_problem", "values_problem"]
@@ -23,7 +24,6 @@ _SLOT_COPIES = 4
 """Without a limit of the user's, a reply may be as large as this many float32 copies of all slots: deltas, control variates,
 statistics; no method of ours sends more than two."""
 _SMALL_BYTES = 64 << 20
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ def structure_problem(payload: Sequence[TensorInfo], tensors: Params) -> str | N
         return f"the tensors are not those that were announced: {', '.join(alien[:3])}"
     for key, info in announced.items():
         tensor = tensors[key]
-        dtype = _DTYPES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         if tensor.shape != info.shape or dtype != info.dtype:
             return f"{key} has shape {tuple(tensor.shape)} and dtype {dtype}, announced were {info.shape} and {info.dtype}"
     return None

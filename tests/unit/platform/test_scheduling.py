@@ -38,7 +38,9 @@ def test_a_pass_of_several_clients_takes_as_long_as_all_of_them() -> None:
 def test_what_was_learned_fades() -> None:
     schedule = learned(c1=8.0, c2=5.0)
     assert schedule.order([[2], [1]]) == [1, 0]
-    schedule.learn(1, 1.0)  # 4.5
+    schedule.learn(1, 3.0)  # 5.5
+    assert schedule.order([[2], [1]]) == [1, 0]
+    schedule.learn(1, 1.0)  # 3.25
     assert schedule.order([[2], [1]]) == [0, 1]
 
 
