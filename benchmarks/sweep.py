@@ -27,7 +27,8 @@ from typing import Any
 
 import yaml
 
-from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
+from fedgraft.platform.bundled_model import ensure_bundled_model
+from fedgraft.platform.cache_folder import default_cache
 from fedgraft.platform.results import read_run
 
 BASE: dict[str, Any] = {

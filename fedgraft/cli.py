@@ -115,7 +115,9 @@ def run(
         else:
             config = None
         if detach:
-            run_id = fedgraft.detach(config, resume=resume, address=address)
+            # The id alone goes to stdout, for scripts.
+            with make_display(Console(stderr=True), quiet=True) as display:
+                run_id = fedgraft.detach(config, resume=resume, address=address, on_event=display)
             output.print(Text(run_id), soft_wrap=True)
             if not quiet:
                 typer.echo(f"it goes on by itself: fedgraft attach {run_id}, fedgraft stop {run_id}, fedgraft status", err=True)

@@ -23,11 +23,15 @@ def count_places(nodes: Iterable[Mapping[str, float]], options: PoolOptions) -> 
         nodes: The whole resources of every living node, by name (``CPU``, ``GPU``).
         options: What each rank of a replica takes; a rank lies on one node, the ranks of a replica may lie on several.
     """
+    return sum(_ranks_on(node, options) for node in nodes) // options.ranks
+
+
+def _ranks_on(node: Mapping[str, float], options: PoolOptions) -> int:
+    """Ranks that a node's cores and GPUs have room for."""
     bundle = {"CPU": float(options.threads), "GPU": options.gpus_per_replica / options.ranks}
     needed = {kind: amount for kind, amount in bundle.items() if amount > 0}
     slack = 1 + 1e-9  # a third of a GPU three times is a whole one
-    ranks = sum(min(math.floor(node.get(kind, 0.0) / amount * slack) for kind, amount in needed.items()) for node in nodes)
-    return ranks // options.ranks
+    return min(math.floor(node.get(kind, 0.0) / amount * slack) for kind, amount in needed.items())
 
 
 def choose_nodes(
@@ -67,12 +71,12 @@ def free_places(options: PoolOptions) -> dict[str, int]:
     return {node["NodeID"]: count_places([free.get(node["NodeID"], {})], options) for node in ray.nodes() if node["Alive"]}
 
 
-def places_by_node(options: PoolOptions, memory_bytes: int, shared_bytes: int) -> int | None:
+def places_by_node(options: PoolOptions, rank_bytes: int, shared_bytes: int) -> int | None:
     """Count the replicas that several nodes have room for, in memory, too.
 
     Args:
         options: What each rank of a replica takes.
-        memory_bytes: Memory of a replica's own, all ranks.
+        rank_bytes: Memory of a rank's own.
         shared_bytes: What a node's replicas have in common.
 
     Returns:
@@ -81,12 +85,9 @@ def places_by_node(options: PoolOptions, memory_bytes: int, shared_bytes: int) -
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
     if len(nodes) < 2:
         return None
-    rooms = [
-        min(count_places([node], options), int(max(0.0, node.get("memory", 0.0) - shared_bytes) // max(1, memory_bytes)))
-        for node in nodes
-    ]
-    # A replica whose ranks no single node holds may lie on several.
-    return max(1, sum(rooms) or count_places(nodes, options))
+    held = [int(max(0.0, node.get("memory", 0.0) - shared_bytes) // max(1, rank_bytes)) for node in nodes]
+    ranks = sum(min(_ranks_on(node, options), room) for node, room in zip(nodes, held, strict=True))
+    return max(1, ranks // options.ranks)
 
 
 def places(options: PoolOptions) -> int:

@@ -264,7 +264,7 @@ def _rescaled(score: NDArray[np.float64], rows: CountBounds, columns: CountBound
 
 def _solve(score: NDArray[np.float64], rows: CountBounds, columns: CountBounds) -> NDArray[np.bool_] | None:
     """A vertex by the dual simplex; a mixed-integer search if it is not whole; ``None`` where nothing keeps to the bounds."""
-    # Imported at first use: half a second that every replica would pay, and few methods solve programs.
+    # SciPy's solvers take half a second to import, and every replica has this module.
     from scipy.optimize import Bounds as VariableBounds
     from scipy.optimize import LinearConstraint, linprog, milp
     from scipy.sparse import csr_array, vstack

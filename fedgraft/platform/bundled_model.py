@@ -39,7 +39,7 @@ from fedgraft.training.evaluate import score_batches
 from fedgraft.training.pretrain import PretrainSpec, pretrain
 from fedgraft.types import IGNORE_INDEX, Batch
 
-__all__ = ["BundledRecipe", "ModelSizes", "bundled_hash", "bundled_hf_config", "default_cache", "ensure_bundled_model"]
+__all__ = ["BundledRecipe", "ModelSizes", "bundled_hash", "bundled_hf_config", "ensure_bundled_model"]
 
 Progress = Callable[[int, int, float], None]
 
@@ -100,18 +100,6 @@ class BundledRecipe:
     held_out_examples: int = 48
     num_threads: int = 1
     seed: int = 0
-
-
-def default_cache() -> Path:
-    """Give the folder that everything reusable is kept in: $FEDGRAFT_CACHE, $XDG_CACHE_HOME/fedgraft or ~/.cache/fedgraft.
-
-    An empty variable counts as not set; so does a relative $XDG_CACHE_HOME (https://specifications.freedesktop.org/basedir).
-    """
-    own = os.environ.get("FEDGRAFT_CACHE", "")
-    if own:
-        return Path(own).expanduser().absolute()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "fedgraft"
 
 
 def bundled_hf_config(sizes: ModelSizes | None = None) -> Qwen2MoeConfig:

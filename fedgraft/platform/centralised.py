@@ -24,7 +24,6 @@ from fedgraft.moe.base import open_base
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.slots import add_slots, initial_params
 from fedgraft.platform.pretraining.config import WorkersConfig
-from fedgraft.platform.pretraining.ray_train import newest_checkpoint, run_job
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.registry import METHODS, load_entry_points, load_method_file
 from fedgraft.seeding import derive_seed
@@ -162,6 +161,8 @@ def train_centrally(
     """
     if in_process:
         return _train_here(job, on_step, is_stopping)
+    from fedgraft.platform.pretraining.ray_train import newest_checkpoint, run_job  # Ray Train takes a second to import
+
     folder = job.target.parent / f"{job.target.stem}-training"
     folder.mkdir(parents=True, exist_ok=True)
     found = newest_checkpoint(folder, world_size=workers.count, zero_stage=job.spec.zero_stage, on_refused=lambda text: None)

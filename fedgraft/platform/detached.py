@@ -160,6 +160,10 @@ def stop(name: str, executor: ExecutorConfig, on_event: Callable[[Any], None], *
         return facts
 
 
+def _names() -> list[str]:
+    return sorted(each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == _NAMESPACE)
+
+
 def _make_way(name: str) -> None:
     """Take away a driver whose job is over and that only lingers.
 
@@ -174,7 +178,7 @@ def _make_way(name: str) -> None:
         raise ClusterError(f"{name} is under way on this cluster", f"fedgraft attach {name}, or fedgraft stop {name}")
     end_driver(driver)
     deadline = time.monotonic() + _ANSWER_S
-    while any(each["name"] == name for each in ray.util.list_named_actors(all_namespaces=True)):
+    while name in _names():
         if time.monotonic() > deadline:
             raise ClusterError(f"the driver of {name}, which is over, does not end", f"fedgraft stop --now {name}")
         time.sleep(0.1)
@@ -184,9 +188,7 @@ def _driver(name: str) -> Any:
     try:
         return ray.get_actor(name, namespace=_NAMESPACE)
     except ValueError:
-        known = sorted(
-            each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if each["namespace"] == _NAMESPACE
-        )
+        known = _names()
         raise ClusterError(
             f"no run {name!r} is under way on this cluster; there {'are ' + ', '.join(known) if known else 'is none'}",
             "one that is over is in its folder: fedgraft report FOLDER, or fedgraft run --resume FOLDER to go on",

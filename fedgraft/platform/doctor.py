@@ -28,7 +28,7 @@ from packaging.specifiers import SpecifierSet
 from rich.table import Table
 from rich.text import Text
 
-from fedgraft.platform.bundled_model import default_cache
+from fedgraft.platform.cache_folder import default_cache
 from fedgraft.platform.plan import free_memory, usable_cores
 from fedgraft.platform.progress import bytes_text
 

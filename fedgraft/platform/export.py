@@ -24,7 +24,8 @@ from fedgraft.moe.base import cache_base, open_base
 from fedgraft.moe.export import BaseReference, Form, frozen_hash, largest_difference, load_export, write_export
 from fedgraft.moe.families import model_facts
 from fedgraft.moe.slots import add_slots, initial_params
-from fedgraft.platform.bundled_model import BundledRecipe, bundled_hash, default_cache
+from fedgraft.platform.bundled_model import BundledRecipe, bundled_hash
+from fedgraft.platform.cache_folder import default_cache
 from fedgraft.platform.checkpoint import Checkpoint, load_latest
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.loading import load_config

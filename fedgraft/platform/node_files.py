@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedgraft.data.prepared import MANIFEST_NAME
 from fedgraft.errors import ModelError
-from fedgraft.platform.bundled_model import default_cache
+from fedgraft.platform.cache_folder import default_cache
 from fedgraft.platform.remote import RemoteFolder
 
 __all__ = ["Origin", "put_folder", "require_seen"]

@@ -278,7 +278,7 @@ def settle(config: RunConfig, machine: MachineFacts | None = None) -> RunConfig:
     if config.engine.clients_at_once != "auto":
         return config
     machine = machine or this_machine()
-    cohort = config.federation.cohort_size or _num_clients(config.data) or _MOST_AT_ONCE
+    cohort = min(filter(None, (config.federation.cohort_size, _num_clients(config.data))), default=_MOST_AT_ONCE)
     size = 2 * _MOST_AT_ONCE
     while True:
         size //= 2
@@ -350,7 +350,8 @@ def _method_plan(
             steps * federation.batch_size * tokens * flops_per_token(active, slots.active, own=slots.active_own, is_training=True)
         )
         flops += judged * tokens * flops_per_token(active, slots.active, own=slots.active_own, is_training=False)
-        seconds = flops / (machine.speed * _EFFICIENCY * min(replicas, max(1, machine.cores // config.executor.threads)))
+        ranks = min(replicas * config.engine.world_size, max(1, machine.cores // config.executor.threads))
+        seconds = flops / (machine.speed * _EFFICIENCY * ranks)
     return MethodPlan(
         label=label,
         method=method.name,

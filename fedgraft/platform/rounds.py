@@ -286,6 +286,8 @@ class RoundLoop:
         for update in updates:
             if update.state_version is not None:
                 self._versions[update.client_id] = update.state_version
+                if update.state_digest is not None:
+                    self._store.note_digest(update.client_id, update.state_version, update.state_digest)
         metrics = self._record(round_idx, updates, rows, time.perf_counter() - started)
         self._note_hashes(round_idx, new_state, updates)
         seen = method.observe_state(new_state)

@@ -54,7 +54,6 @@ class ClientStateStore:
 
     def __init__(self, folder: Path | RemoteFolder) -> None:
         self._folder = folder
-        self._digests: dict[tuple[int, int], str] = {}
         self._known: dict[int, tuple[int, str]] = {}
         self._kept: dict[int, frozenset[int]] = {}
 
@@ -67,14 +66,17 @@ class ClientStateStore:
         """Where a state lies, in words."""
         return f"{self._folder}/{_name(client_id, version)}"
 
-    def write(self, client_id: int, version: int, state: Params) -> None:
-        """Store a client's state after round ``version``."""
+    def write(self, client_id: int, version: int, state: Params) -> str:
+        """Store a client's state after round ``version``; gives the SHA-256 of its file."""
         self._known.pop(client_id, None)
         if isinstance(self._folder, RemoteFolder):
             data = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
             self._folder.write(_name(client_id, version), data)
-        else:
-            write_tensors(state, self.path(client_id, version))
+            return hashlib.sha256(data).hexdigest()
+        path = self.path(client_id, version)
+        write_tensors(state, path)
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def read(self, client_id: int, version: int) -> Params:
         """Load a client's state as it was after round ``version``.
@@ -95,25 +97,25 @@ class ClientStateStore:
     def digest(self, client_id: int, version: int) -> str:
         """SHA-256 of the stored file.
 
-        A remote one is read once: a version is written in its own round, and asked for after it.
-
         Raises:
             OSError: There is no such file.
         """
         if not isinstance(self._folder, RemoteFolder):
             return hashlib.sha256(self.path(client_id, version).read_bytes()).hexdigest()
-        key = (client_id, version)
-        if key not in self._digests:
-            try:
-                self._digests[key] = hashlib.sha256(self._folder.read(_name(client_id, version))).hexdigest()
-            except StorageError as error:
-                raise OSError(error.message) from error
-        return self._digests[key]
+        try:
+            return hashlib.sha256(self._folder.read(_name(client_id, version))).hexdigest()
+        except StorageError as error:
+            raise OSError(error.message) from error
+
+    def note_digest(self, client_id: int, version: int, digest: str) -> None:
+        """Take the SHA-256 of a state from whoever has just written it."""
+        self._known[client_id] = (version, digest)
 
     def known_digest(self, client_id: int, version: int) -> str:
-        """SHA-256 of a state as it was when this store first asked for it: a version is written in its own round only.
+        """SHA-256 of a state as its writer said it, or as it was when this store first asked for it.
 
-        A checkpoint names every client's state, and most have not changed since the one before.
+        A version is written in its own round only. A checkpoint names every client's state, and most have not changed since the
+        one before.
         """
         known = self._known.get(client_id)
         if known is None or known[0] != version:
@@ -134,8 +136,6 @@ class ClientStateStore:
                 version = _version(name)
                 if version is None or version not in keep:
                     folder.delete(name)
-            for key in [key for key in self._digests if key[0] == client_id and key[1] not in keep]:
-                del self._digests[key]
             return
         on_disk = self._folder / f"{client_id:06d}"
         for path in sorted(on_disk.glob("round-*.safetensors")):

@@ -371,6 +371,7 @@ class ClientWorker:
         self._check_held(task, [*delta, *session.requested])
         version: int | None = None
         state_hash: str | None = None
+        state_digest: str | None = None
         if self.private:
             session.private.update(self.engine.read(self.private))
             session.private.update({f"optimizer/{key}": value for key, value in result.optimizer_state.items()})
@@ -399,7 +400,8 @@ class ClientWorker:
         if self._keeps_state:
             version = task.round_idx
             if self.engine.is_leader:
-                self._store.write(task.client_id, version, session.private)
+                # Hashed here, where the bytes are, and side by side: a checkpoint needs it of every client.
+                state_digest = self._store.write(task.client_id, version, session.private)
                 state_hash = hash_params(session.private)
         payload = (
             *describe(delta, self.groups),
@@ -413,7 +415,14 @@ class ClientWorker:
         json.dumps(diagnostics)  # what is no JSON is this client's failure, not the end of the run when it is written down
         if task.hashes_frozen:
             diagnostics["frozen_hash"] = self.engine.frozen_hash()
-        update = replace(update, payload=payload, state_version=version, state_hash=state_hash, diagnostics=diagnostics)
+        update = replace(
+            update,
+            payload=payload,
+            state_version=version,
+            state_hash=state_hash,
+            state_digest=state_digest,
+            diagnostics=diagnostics,
+        )
         return update, delta | {f"extras/{key}": value for key, value in extras.items()}
 
     def _check_held(self, task: ClientTask, keys: Sequence[str]) -> None:

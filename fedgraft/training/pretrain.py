@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from fedgraft.errors import ModelError
 from fedgraft.types import IGNORE_INDEX, Batch
@@ -81,6 +80,9 @@ def weighted_token_loss(model: nn.Module, batch: Batch, spec: PretrainSpec) -> t
     weights_T = torch.where(is_response_T, 1.0, spec.prompt_weight)
     losses_T = F.cross_entropy(logits_TV.float(), targets_BS[counted_BS], reduction="none")
     config: Any = model.config
+    # The module of a model takes seconds to import; a driver that pre-trains nothing needs none.
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
+
     balance = load_balancing_loss_func(output.router_logits, config.num_experts, config.num_experts_per_tok, batch.attention_mask)
     return (losses_T * weights_T).sum() / weights_T.sum(), balance
 

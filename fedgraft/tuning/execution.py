@@ -32,7 +32,8 @@ from fedgraft.errors import (
 )
 from fedgraft.moe.base import cache_base
 from fedgraft.platform.budget_sizes import run_budgets
-from fedgraft.platform.bundled_model import default_cache, ensure_bundled_model
+from fedgraft.platform.bundled_model import ensure_bundled_model
+from fedgraft.platform.cache_folder import default_cache
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.loading import load_config
 from fedgraft.platform.mirror import Mirror
@@ -40,7 +41,6 @@ from fedgraft.platform.node_files import Origin, put_folder
 from fedgraft.platform.plan import make_plan, this_machine
 from fedgraft.platform.progress import Event
 from fedgraft.platform.remote import RemoteFolder
-from fedgraft.platform.report import write_report
 from fedgraft.platform.results import read_comparison
 from fedgraft.platform.rounds import RoundLoop, RunJob
 from fedgraft.platform.run_folder import RunFolder, write_json
@@ -199,6 +199,8 @@ class Execution:
         self._write_comparison("finished", seconds=time.time() - self._started)
         artifacts = [self._folder / "config.yaml", self._folder / "comparison.json"]
         if self._config.output.report:
+            from fedgraft.platform.report import write_report  # Matplotlib takes a second to import
+
             self._stage("writing the report")
             result = read_comparison(self._folder)
             artifacts.append(write_report(result, self._folder / "report.html"))
@@ -301,8 +303,8 @@ class Execution:
         if self._config.executor.replicas is not None:
             return planned
         if self._config.executor.kind == "ray" and self._outer is None:
-            memory = max(method.need.ranks * method.need.rank.host for method in methods)
-            held = places_by_node(pool_options(self._config, 1), memory, max(method.need.rank.shared for method in methods))
+            own = max(method.need.rank.host for method in methods)
+            held = places_by_node(pool_options(self._config, 1), own, max(method.need.rank.shared for method in methods))
             planned = planned if held is None else held
         return max(1, min(planned, self._config.federation.cohort_size or num_clients, num_clients))
 

@@ -75,9 +75,6 @@ def run(
     notify = on_event or (lambda event: None)
     with ExitStack() as stack:
         folder, config = open_folder(config, resume, address, stack, notify)
-        if is_of_job(folder):
-            text = f"{folder} lies in the job's temporary copy of its working directory: give output.folder a path that stays"
-            notify(Event(kind="note", data={"text": text}))
         with resumable(folder):
             launch(Experiment(str(folder), config.output.storage), config.executor, notify)
             bring_back(folder, config)
@@ -98,7 +95,7 @@ def open_folder(
     Args:
         config, resume, address: As of ``run``. The address is not written down: it is this start's.
         stack: Keeps the cluster joined that the run is for: what it has is looked at before anything is made.
-        notify: Gets what was worked out.
+        notify: Gets what was worked out, and where the folder will not stay.
         check: Called with the configuration before anything is made.
 
     Raises:
@@ -125,6 +122,9 @@ def open_folder(
         store = experiment_store(config, folder)
         if store is not None:
             Mirror(folder, store).put()
+    if is_of_job(folder):
+        text = f"{folder} lies in the job's temporary copy of its working directory: give output.folder a path that stays"
+        notify(Event(kind="note", data={"text": text}))
     return folder, here
 
 

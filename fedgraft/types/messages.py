@@ -199,7 +199,8 @@ class ClientUpdate:
 
     ``expert_tokens`` (L, E) int64 counts the tokens that local training routed to each expert. ``statistics`` are the
     small tensors a method weighs updates by. ``metrics`` are sums with weights. ``state_version`` is the round whose
-    private state this update wrote, ``None`` if the client has none; ``state_hash`` is that state's ``hash_params``.
+    private state this update wrote, ``None`` if the client has none; ``state_hash`` is that state's ``hash_params``,
+    ``state_digest`` the SHA-256 of the file that it was written to.
     ``diagnostics`` are JSON values for the report.
     ``num_parts`` is how many parts its batches were cut into. ``assignment`` is the task's. ``requested`` are slots that the
     client asked for itself, with the server's names of what it put there; they are charged to its ledger as well.
@@ -215,6 +216,7 @@ class ClientUpdate:
     statistics: Params = field(default_factory=dict)
     state_version: int | None = None
     state_hash: str | None = None
+    state_digest: str | None = None
     diagnostics: Mapping[str, object] = field(default_factory=dict)
     seconds: float = 0.0
     num_parts: int = 1

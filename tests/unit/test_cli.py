@@ -88,7 +88,7 @@ def test_quiet_shows_the_result_only(run: FakeRun) -> None:
 
 def test_resume_hands_over_the_folder_alone(run: FakeRun, tmp_path: Path) -> None:
     assert RUNNER.invoke(app, ["run", "--resume", str(tmp_path)]).exit_code == 0
-    assert run.calls == [(None, tmp_path)]
+    assert run.calls == [(None, str(tmp_path))]
     refused = RUNNER.invoke(app, ["run", "federation.rounds=3", "--resume", str(tmp_path)])
     assert refused.exit_code == 2
     assert "keeps its configuration" in refused.stderr

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import Qwen2MoeConfig
 
 from fedgraft.errors import ConfigError
 from fedgraft.platform.catalogue import list_methods
@@ -117,3 +118,35 @@ def test_an_installed_packages_method_is_found(
     assert "surprise" not in METHODS.names()
     assert "surprise" in {info.name for info in list_methods()}
     monkeypatch.delitem(sys.modules, "my_package.surprise")
+
+
+# ---- scaling
+
+
+@pytest.fixture(scope="module")
+def scaling() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("write_scaling", ROOT / "docs" / "write_scaling.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks its own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_scaling_page_is_current(scaling: ModuleType) -> None:
+    assert scaling.page() == (ROOT / "docs" / "scaling.md").read_text(), "run python docs/write_scaling.py"
+
+
+def test_what_the_scaling_page_multiplies_is_what_a_plan_of_that_size_says(scaling: ModuleType) -> None:
+    """Bytes and GPU seconds of a client are taken from a round of ten, and hold for a round of a thousand."""
+    small = Qwen2MoeConfig(
+        hidden_size=64, num_hidden_layers=2, num_experts=4, num_attention_heads=4, num_key_value_heads=4, vocab_size=500
+    )
+    ten, thousand = (
+        scaling.Sized(name="small", plan=scaling.plan_of(small, clients, cohort))
+        for clients, cohort in ((10, 10), (100_000, 1_000))
+    )
+    assert thousand.method.run_bytes == 2 * 1_000 * ten.method.bytes_per_round
+    assert thousand.plan.seconds * thousand.busy / 1_000 == pytest.approx(ten.gpu_seconds, rel=1e-9)
+    assert thousand.private_bytes == ten.private_bytes > 0

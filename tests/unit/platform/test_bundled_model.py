@@ -23,9 +23,9 @@ from fedgraft.platform.bundled_model import (
     ModelSizes,
     bundled_hash,
     bundled_hf_config,
-    default_cache,
     ensure_bundled_model,
 )
+from fedgraft.platform.cache_folder import default_cache
 from fedgraft.training.pretrain import PretrainSpec
 
 TINY = BundledRecipe(

@@ -189,6 +189,13 @@ def test_replicas_that_fit(overrides: list[str], clients: int | None, machine: M
     assert num_replicas(load_config(None, overrides), clients, machine, need) == expected
 
 
+def test_ranks_of_a_replica_share_its_time(folder: Path) -> None:
+    one = method_of(folder, "{name: fedavg}", "rate_search=null", "executor.replicas=1")
+    two = method_of(folder, "{name: fedavg}", "rate_search=null", "executor.replicas=1", "engine.world_size=2")
+    assert one.seconds is not None
+    assert two.seconds == pytest.approx(one.seconds / 2)
+
+
 def test_speed_is_measured_and_threads_are_left_as_they_were() -> None:
     import torch
 
@@ -254,13 +261,23 @@ def test_what_the_engine_cannot_do_is_refused_before_anything_is_made() -> None:
         make_plan(load_config(None, row))
 
 
+LONG = (
+    "federation.cohort_size=5",
+    "executor.kind=in_process",
+    "data.max_length=512",
+    "federation.batch_size=64",
+    "evaluation.batch_size=1",
+)
+
+
 @pytest.mark.parametrize(
     ("overrides", "memory", "expected"),
     [
         (("federation.cohort_size=5", "executor.kind=in_process"), 8 * 2**30, 4),
         (("federation.cohort_size=5", "executor.replicas=2"), 8 * 2**30, 2),
         (("federation.cohort_size=3", "executor.replicas=4"), 8 * 2**30, 1),
-        (("federation.cohort_size=5", "executor.kind=in_process", "data.max_length=4096", "federation.batch_size=64"), 2**32, 1),
+        (("federation.cohort_size=9", "executor.kind=in_process"), 8 * 2**30, 4),  # there are five clients
+        (LONG, 2**31, 2),
     ],
 )
 def test_auto_takes_as_many_clients_at_once_as_work_and_memory_allow(
@@ -272,7 +289,7 @@ def test_auto_takes_as_many_clients_at_once_as_work_and_memory_allow(
     assert settled.engine.clients_at_once == expected
     assert make_plan(config, machine).refusal is None
     fixed = load_config(None, [f"model.path={folder}", *CLIENTS, f"engine.clients_at_once={2 * expected}", *overrides])
-    if memory == 2**32:
+    if memory == 2**31:
         assert make_plan(fixed, machine).refusal is not None
     assert settle(fixed, machine) is fixed
 

@@ -64,7 +64,11 @@ def test_a_run_is_gone_on_with_from_the_store_alone(
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     elsewhere = make_config("alone", training={"learning_rate": 0.01})
-    result = fedgraft.run(resume=f"{storage}/{name}")
+    rounds: list[object] = []
+    result = fedgraft.run(
+        resume=f"{storage}/{name}", on_event=lambda event: rounds.append(event.data["round"]) if event.kind == "round" else None
+    )
+    assert rounds == [3]
     assert result.folder == tmp_path / "runs" / name / "flex" / "seed-0"
     assert result.status == "finished"
     assert fedgraft.verify(result.folder, fedgraft.run(elsewhere).folder).is_same
