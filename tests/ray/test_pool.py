@@ -168,7 +168,7 @@ def test_the_memory_monitors_kill_is_a_death_like_any_other(pool: RayPool, monke
     real, raised = ray.get, []
 
     def get(refs: object, **options: object) -> object:
-        if isinstance(refs, ray.ObjectRef) and not raised and real(refs, **options) == 101:
+        if isinstance(refs, ray.ObjectRef) and not raised and real(refs, **options) == [101]:
             raised.append(refs)
             raise ray.exceptions.OutOfMemoryError("killed by the memory monitor")
         return real(refs, **options)
