@@ -71,8 +71,8 @@ class RunFolder:
             StorageError: They cannot be written, e.g. as the disk is full.
         """
         text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
-        if text:
-            path = self.path / f"{record}.jsonl"
+        path = self.path / f"{record}.jsonl"
+        if text or not path.exists():  # a record without lines says that there were none; without a file a run is not complete
             append_text(path, text)
             self._unsynced.add(path)
 

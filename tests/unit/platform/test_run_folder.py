@@ -94,3 +94,14 @@ def test_json_is_written_below_new_folders(tmp_path: Path) -> None:
 def test_folders_of_clients_and_checkpoints_lie_inside(folder: RunFolder) -> None:
     assert folder.state_folder == folder.path / "clients"
     assert folder.checkpoint_folder == folder.path / "checkpoints"
+
+
+def test_a_record_without_lines_is_there(tmp_path: Path) -> None:
+    """As the ledger of local training, which sends nothing."""
+    folder = RunFolder(tmp_path)
+    folder.append("ledger", [])
+    assert (tmp_path / "ledger.jsonl").read_text() == ""
+    folder.append("ledger", [{"round": 1}])
+    folder.append("ledger", [])
+    folder.sync()
+    assert (tmp_path / "ledger.jsonl").read_text() == '{"round": 1}\n'
