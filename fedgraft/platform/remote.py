@@ -2,7 +2,7 @@
 
 Object stores have no folders, no locks and no renames; what is used here is what all of them have: whole files are put, got,
 listed and deleted. PyArrow opens the stores that it knows, with the credentials that they find in the environment; any other
-protocol is fsspec's (``memory://`` is this process's own).
+protocol is fsspec's (``memory://`` is this process's own). PyArrow is imported at first use: configurations are read without it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow
-from pyarrow import fs
 
 from fedgraft.errors import StorageError
 
@@ -111,6 +109,8 @@ class RemoteFolder:
         Raises:
             StorageError: The store does not answer.
         """
+        from pyarrow import fs
+
         opened, path = self._open(name)
         with _told(self, name, "looked up"):
             return bool(opened.get_file_info(path).type == fs.FileType.File)
@@ -121,6 +121,8 @@ class RemoteFolder:
         Raises:
             StorageError: The store does not answer.
         """
+        from pyarrow import fs
+
         opened, path = self._open("")
         with _told(self, "", "listed"):
             found = opened.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
@@ -142,6 +144,8 @@ class RemoteFolder:
     @contextmanager
     def _put(self, name: str) -> Iterator[Any]:
         """A stream to a file's new content. A disk shows what is half written, so there it is renamed; a store does not."""
+        from pyarrow import fs
+
         opened, path = self._open(name)
         is_disk = opened.type_name == "local"
         written = f"{path}.{uuid.uuid4().hex}.part" if is_disk else path
@@ -165,6 +169,8 @@ class RemoteFolder:
 
 @contextmanager
 def _told(folder: RemoteFolder, name: str, verb: str) -> Iterator[None]:
+    import pyarrow
+
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
@@ -178,6 +184,8 @@ def _told(folder: RemoteFolder, name: str, verb: str) -> Iterator[None]:
 @functools.lru_cache(maxsize=8)
 def _opened(uri: str) -> tuple[Any, str]:
     """The file system of a URI, and the path in it. Kept: opening a store takes requests of its own."""
+    from pyarrow import fs
+
     scheme = uri.partition("://")[0]
     with _told(RemoteFolder(uri), "", "opened"):
         if scheme in _ARROW_SCHEMES:
