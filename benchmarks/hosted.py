@@ -6,6 +6,7 @@ format, of clients with some examples each. Imported by the benchmarks beside it
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import platform
 import statistics
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +62,7 @@ __all__ = [
     "job_of",
     "machine",
     "pool_of",
+    "print_record",
     "ratio",
     "ray_of_its_own",
     "run_rounds",
@@ -73,7 +76,7 @@ FOREVER = 1_000_000
 """More rounds than any benchmark runs: nothing is judged at the end of a measured part."""
 
 
-class Hosted:
+class Hosted(ABC):
     """Speaks a worker's protocol for some tensors; subclasses train.
 
     Args:
@@ -106,9 +109,9 @@ class Hosted:
         """Start values."""
         return self._params
 
+    @abstractmethod
     def train(self, task: ClientTask, broadcast: Broadcast) -> tuple[Params, float]:
         """Give a client's deltas and its loss."""
-        raise NotImplementedError
 
     def update(self, task: ClientTask, broadcast: Broadcast) -> tuple[ClientUpdate, Params]:
         """One client's round."""
@@ -321,3 +324,14 @@ def machine() -> str:
 def versions(*names: str) -> dict[str, str]:
     """Versions of packages."""
     return {name: metadata.version(name) for name in names}
+
+
+def print_record(parser: argparse.ArgumentParser, run: Callable[..., dict[str, Any]]) -> None:
+    """Run a benchmark with the options given, print its JSON line, and keep it where ``--out`` says."""
+    parser.add_argument("--out", type=Path)
+    given = vars(parser.parse_args())
+    out = given.pop("out")
+    record = json.dumps(run(**given))
+    if out is not None:
+        out.write_text(record + "\n")
+    print(record)

@@ -33,6 +33,7 @@ from hosted import (
     job_of,
     machine,
     pool_of,
+    print_record,
     ratio,
     ray_of_its_own,
     run_rounds,
@@ -149,13 +150,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds of a part that count")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--every", type=int, default=5, help="rounds between two checkpoints")
-    parser.add_argument("--out", type=Path)
-    given = vars(parser.parse_args())
-    out = given.pop("out")
-    record = json.dumps(run(**given))
-    if out is not None:
-        out.write_text(record + "\n")
-    print(record)
+    print_record(parser, run)
 
 
 if __name__ == "__main__":

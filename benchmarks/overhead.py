@@ -34,7 +34,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from hosted import Hosted, Timed, interleaved, job_of, machine, pool_of, ratio, ray_of_its_own, run_rounds, versions, write_data
+from hosted import (
+    Hosted,
+    Timed,
+    interleaved,
+    job_of,
+    machine,
+    pool_of,
+    print_record,
+    ratio,
+    ray_of_its_own,
+    run_rounds,
+    versions,
+    write_data,
+)
 from ray import cloudpickle
 from torch import nn
 
@@ -217,13 +230,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--rounds", type=int, default=20, help="rounds of a part that count")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path)
-    given = vars(parser.parse_args())
-    out = given.pop("out")
-    record = json.dumps(run(**given))
-    if out is not None:
-        out.write_text(record + "\n")
-    print(record)
+    print_record(parser, run)
 
 
 if __name__ == "__main__":

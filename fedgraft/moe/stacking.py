@@ -117,7 +117,6 @@ class Stacking:
         self._tokens: Segments
         self._real: torch.Tensor | None = None
         self._masks: dict[int, torch.Tensor] = {}
-        self._experts_own: dict[int, torch.Tensor] = {}
         self._sites: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._layers = moe_layers(model)
         slot_names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

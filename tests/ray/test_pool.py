@@ -164,7 +164,7 @@ def test_a_shared_value_that_is_lost_is_put_again_at_nobodys_expense() -> None:
 
 
 def test_the_memory_monitors_kill_is_a_death_like_any_other(pool: RayPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ray raises this class for a worker that its monitor killed; tests/slow lets the monitor do it.
+    # Ray raises this class for a worker that its monitor killed; test_memory_monitor.py lets the monitor do it.
     real, raised = ray.get, []
 
     def get(refs: object, **options: object) -> object:
