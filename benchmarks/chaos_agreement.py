@@ -40,7 +40,7 @@ PARTS: dict[str, Any] = {
 class BackwardPool(LocalPool):
     """Runs the calls of a map from the last to the first: clients arrive in the opposite order."""
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, **how: Any) -> Iterator[Finished]:
         """See ``fedgraft.actors.hosting.Pool``."""
         for index in reversed(range(len(items))):
             value, handle = getattr(self._hosted, name)(items[index], shared)

@@ -357,7 +357,7 @@ class WatchingPool(LocalPool):
         assert isinstance(worker, ClientWorker)
         return worker
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, **how: Any) -> Iterator[Finished]:
         order = list(range(len(items)))
         for index in reversed(order) if self.in_reverse else order:
             value, handle = getattr(self._hosted, name)(items[index], shared)

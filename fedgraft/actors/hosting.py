@@ -1,7 +1,8 @@
 """What hosts promise, whether they are Ray actors or this process. Nothing here knows what is hosted.
 
 A pool builds one hosted object a replica and maps named calls over items. Each call gives a small result, which comes to the
-caller, and a large one, which stays where it was made until it is fetched by its handle.
+caller, and a large one, which stays where it was made until it is fetched by its handle, or until ``map`` is called with
+another shared value.
 
 A replica may be several processes, its ranks. Each hosts an object of its own and all run the same calls in the same order;
 rank 0 leads, and its results are the replica's. They find each other through the environment variables ``RANK``,
@@ -41,6 +42,9 @@ class PoolOptions:
     for three quarters of it (a long call in C that holds Python's lock, a busy machine) is never taken for a frozen one.
     ``in_group``: every rank takes a bundle of the placement group that the caller is in, instead of what is free on the cluster.
     ``placement``: ``spread`` over as many nodes as there are, ``pack`` onto as few; ``None``: wherever Ray puts them.
+    ``inline_bytes``: results up to this come to the caller, as Ray sends those of up to 100 KiB. ``keep_s_per_byte``: a larger
+    one that took no more than so many seconds a byte stays in its maker's memory and goes with it, as to put it into the object
+    store takes 1 s a GB; one that took longer goes there and outlives its maker.
     """
 
     replicas: int
@@ -54,6 +58,8 @@ class PoolOptions:
     heartbeat_timeout_s: float = 60.0
     in_group: bool = False
     placement: str | None = None
+    inline_bytes: int = 64 << 10
+    keep_s_per_byte: float = 20e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,7 @@ class Finished:
     """One call of a map: the item's place, and its small result and handle, or the error after the last try.
 
     ``num_tries`` counts how often the call was started; ``replica`` says who finished it. ``followers`` are the small results
-    of the other ranks. ``lost`` is the place of a handle whose result is gone: ``error`` is set then, and no retry was made.
+    of the other ranks. ``lost`` are the places of handles whose results are gone: ``error`` is set then, and no retry was made.
     """
 
     index: int
@@ -79,11 +85,11 @@ class Finished:
     num_tries: int = 1
     replica: int = 0
     followers: tuple[Any, ...] = ()
-    lost: int | None = None
+    lost: tuple[int, ...] = ()
 
 
 class Pool(Protocol):
-    """Replicas that host one object each. Large results of up to ``inline_bytes`` come to the caller with the small ones."""
+    """Replicas that host one object each. Results of up to ``inline_bytes`` come to the caller with the small ones."""
 
     inline_bytes: int
 
@@ -103,15 +109,31 @@ class Pool(Protocol):
     def share(self, value: Any) -> Any:
         """Put a value once for all replicas and give what ``map`` takes as ``shared``."""
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(
+        self,
+        name: str,
+        items: Sequence[Any],
+        shared: Any,
+        *,
+        group: int = 1,
+        homes: Sequence[int] | None = None,
+        may_move: bool = True,
+    ) -> Iterator[Finished]:
         """Run ``hosted.name(item, shared value)`` for every item, wherever a replica is free, in completion order.
 
         The hosted method returns a pair: the small and the large result. Items are begun in the order given; ``group`` of them
-        are sent to a replica at once, which saves the way there and back where each is short.
+        are sent to a replica at once, which saves the way there and back where each is short. ``homes`` names the replica,
+        0 <= home < ``size``, that had best run each item, as its large result will be asked for there: it takes its own items
+        first and, once it has none left and they ``may_move``, those of others.
         """
 
     def apply(
-        self, function: Callable[[Any, Fetch], tuple[Any, Any]], items: Sequence[Any], handles: Sequence[Sequence[Any]]
+        self,
+        function: Callable[[Any, Fetch], tuple[Any, Any]],
+        items: Sequence[Any],
+        handles: Sequence[Sequence[Any]],
+        *,
+        homes: Sequence[int] | None = None,
     ) -> Iterator[Finished]:
         """Run ``function(item, fetch)`` for every item in the process of a replica that is free, in completion order.
 
@@ -120,6 +142,7 @@ class Pool(Protocol):
                 the item's handle i, which it must not write to.
             items: One a call.
             handles: Of large results, for each item.
+            homes: The replica of each item, where most of its large results lie; no other one takes it.
         """
 
     def fetch(self, handle: Any) -> Any:

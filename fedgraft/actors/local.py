@@ -40,14 +40,28 @@ class LocalPool:
         """Nothing to do: the value is here."""
         return value
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(
+        self,
+        name: str,
+        items: Sequence[Any],
+        shared: Any,
+        *,
+        group: int = 1,
+        homes: Sequence[int] | None = None,
+        may_move: bool = True,
+    ) -> Iterator[Finished]:
         """Run the items in order."""
         for index, item in enumerate(items):
             value, handle = getattr(self._hosted, name)(item, shared)
             yield Finished(index=index, value=value, handle=handle)
 
     def apply(
-        self, function: Callable[[Any, Fetch], tuple[Any, Any]], items: Sequence[Any], handles: Sequence[Sequence[Any]]
+        self,
+        function: Callable[[Any, Fetch], tuple[Any, Any]],
+        items: Sequence[Any],
+        handles: Sequence[Sequence[Any]],
+        *,
+        homes: Sequence[int] | None = None,
     ) -> Iterator[Finished]:
         """Run the items in order."""
         for index, (item, held) in enumerate(zip(items, handles, strict=True)):
@@ -61,7 +75,7 @@ class LocalPool:
             try:
                 value, handle = function(item, fetch)
             except LostResult as error:
-                yield Finished(index=index, error=str(error), lost=asked)
+                yield Finished(index=index, error=str(error), lost=(asked,))
             else:
                 yield Finished(index=index, value=value, handle=handle)
 

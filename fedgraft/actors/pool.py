@@ -16,10 +16,11 @@ from typing import Any, TypeAlias
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
+from fedgraft.actors.calls import CallQueue
 from fedgraft.actors.fleet import Fleet, brief, cause_of
 from fedgraft.actors.heartbeat import Heartbeats
 from fedgraft.actors.hosting import Fetch, Finished, ItemOf, LostResult, LostShared, Note, PoolOptions
-from fedgraft.actors.replica import Large, LostHandle, Replica, Shared
+from fedgraft.actors.replica import Kept, Large, LostHandle, Replica, Shared
 from fedgraft.actors.tensors import share_tensors
 from fedgraft.errors import BudgetViolation, ClusterError, GroupViolation, ReplicaError, StorageError
 
@@ -38,12 +39,13 @@ class _Flight:
     """A call that is under way: on which items, on which replica, until when, and the references of its results.
 
     ``waiting`` are the ranks' small results that are not there yet, by reference; ``values`` those that are, by rank.
-    ``error`` is what ended it before its end, ``was_lost`` whether that was the loss of the shared value, ``lost`` the place of a
-    handle that it needed and that is gone.
+    ``error`` is what ended it before its end, ``was_lost`` whether that was the loss of the shared value, ``lost`` the places of
+    handles that it needed and that are gone. ``leader`` is the actor that keeps large results which are not in the store.
     """
 
     items: tuple[int, ...]
     replica: int
+    leader: Any
     handles: Sequence[Any]
     deadline: float
     limit: str
@@ -51,7 +53,7 @@ class _Flight:
     values: dict[int, Any] = field(default_factory=dict)
     error: str | None = None
     was_lost: bool = False
-    lost: int | None = None
+    lost: tuple[int, ...] = ()
 
     @property
     def is_over(self) -> bool:
@@ -83,12 +85,10 @@ class RayPool:
         ClusterError: The cluster cannot give the replicas, said before waiting, or they do not start in time.
     """
 
-    inline_bytes = 64 << 10
-    """Ray sends results of up to 100 KiB to whoever asked for them, and keeps larger ones where they were made."""
-
     def __init__(self, options: PoolOptions, note: Note | None = None, *, may_shrink: bool = False) -> None:
         share_tensors()
         self._options = options
+        self.inline_bytes = options.inline_bytes
         self._fleet = Fleet(options, note or _log.warning, may_shrink=may_shrink)
         self._beats = Heartbeats(options.heartbeat_timeout_s)
 
@@ -139,16 +139,30 @@ class RayPool:
         """
         return _Put(value, _put(value))
 
-    def map(self, name: str, items: Sequence[Any], shared: _Put, *, group: int = 1) -> Iterator[Finished]:
+    def map(
+        self,
+        name: str,
+        items: Sequence[Any],
+        shared: _Put,
+        *,
+        group: int = 1,
+        homes: Sequence[int] | None = None,
+        may_move: bool = True,
+    ) -> Iterator[Finished]:
         """Run the items on whichever replica is free; at most one call is under way on each."""
 
         def start(indices: tuple[int, ...], replica: Replica) -> tuple[list[Any], Sequence[Any]]:
             return replica.run(name, [items[index] for index in indices], shared.place)
 
-        return self._each(_cut(len(items), group), start, shared)
+        return self._each(self._queue(len(items), group, homes, may_move), start, shared)
 
     def apply(
-        self, function: Callable[[Any, Fetch], tuple[Any, Any]], items: Sequence[Any], handles: Sequence[Sequence[Any]]
+        self,
+        function: Callable[[Any, Fetch], tuple[Any, Any]],
+        items: Sequence[Any],
+        handles: Sequence[Sequence[Any]],
+        *,
+        homes: Sequence[int] | None = None,
     ) -> Iterator[Finished]:
         """Run a function in the leaders of whichever replicas are free."""
 
@@ -156,18 +170,25 @@ class RayPool:
             (index,) = indices
             return replica.apply(function, items[index], Large(tuple(handles[index])))
 
-        return self._each(_cut(len(items), 1), start, None)
+        return self._each(self._queue(len(items), 1, homes, may_move=False), start, None)
 
-    def _each(self, calls: Sequence[tuple[int, ...]], start: _Start, shared: _Put | None) -> Iterator[Finished]:
+    def _queue(self, count: int, group: int, homes: Sequence[int] | None, may_move: bool) -> CallQueue:
+        """Calls on ``count`` items, ``group`` of one home together."""
+        positions = sorted(self._fleet.replicas)
+        named = None if homes is None else [positions[home] for home in homes]
+        return CallQueue(count, group, named, may_move=may_move)
+
+    def _each(self, queue: CallQueue, start: _Start, shared: _Put | None) -> Iterator[Finished]:
         self._beats.rest_all()  # of calls that nobody waits for any more
-        queue = deque(calls)
-        count = sum(len(each) for each in calls)
-        tries, failures = [0] * count, [0] * count
+        tries, failures = [0] * queue.count, [0] * queue.count
         idle = deque(self._fleet.replicas)
         flights: list[_Flight] = []
         while queue or flights:
-            while queue and idle:
-                indices, position = queue.popleft(), idle.popleft()
+            for position in list(idle):
+                indices = queue.take(position, self._fleet.replicas)
+                if indices is None:
+                    continue
+                idle.remove(position)
                 for index in indices:
                     tries[index] += 1
                 refs, handles = start(indices, self._fleet.replicas[position])
@@ -185,30 +206,31 @@ class RayPool:
             if len(flight.items) > 1:
                 # Nobody knows whose fault it was: each is run again by itself, and only then counted.
                 _log.warning("a call on %d items failed (%s); they are run again one by one", len(flight.items), flight.error)
-                queue.extendleft((index,) for index in reversed(flight.items))
+                queue.put_back(flight.items)
                 continue
             (index,) = flight.items
-            if flight.lost is not None:
+            if flight.lost:
                 yield Finished(index=index, error=flight.error, num_tries=tries[index], replica=flight.replica, lost=flight.lost)
                 continue
             if not was_put:
                 failures[index] += 1
             if failures[index] < self._options.max_failures:
                 _log.warning("try %d of item %d failed (%s); it is run again", tries[index], index, flight.error)
-                queue.appendleft((index,))
+                queue.put_back((index,))
             else:
                 yield Finished(index=index, error=flight.error, num_tries=tries[index], replica=flight.replica)
 
     def _finished(self, flight: _Flight, tries: Sequence[int]) -> Iterator[Finished]:
         followers = [flight.values[rank] for rank in sorted(flight.values) if rank]
         for place, index in enumerate(flight.items):
+            value, key = flight.values[0][place]
             yield Finished(
                 index=index,
-                value=flight.values[0][place],
-                handle=flight.handles[place],
+                value=value,
+                handle=flight.handles[place] if key is None else Kept(flight.leader, key),
                 num_tries=tries[index],
                 replica=flight.replica,
-                followers=tuple(values[place] for values in followers),
+                followers=tuple(values[place][0] for values in followers),
             )
 
     def _put_again(self, shared: _Put) -> bool:
@@ -225,6 +247,7 @@ class RayPool:
         return _Flight(
             items=items,
             replica=position,
+            leader=self._fleet.replicas[position].leader,
             handles=handles,
             deadline=time.monotonic() + limit,
             limit=f"federation.task_timeout_s = {limit:.0f} s",
@@ -270,9 +293,9 @@ class RayPool:
             if not flight.items:
                 raise cause from None  # of ``call``: what every replica is asked has no other one to try
             flight.was_lost = isinstance(raised.cause, LostShared)
-            flight.lost = raised.cause.place if isinstance(raised.cause, LostHandle) else None
+            flight.lost = raised.cause.places if isinstance(raised.cause, LostHandle) else ()
             # The ranks of a replica may wait for each other, and a replica may say itself that it cannot go on.
-            is_broken = (self._options.ranks > 1 and flight.lost is None) or isinstance(cause, ReplicaError)
+            is_broken = (self._options.ranks > 1 and not flight.lost) or isinstance(cause, ReplicaError)
             self._fail(flight, f"{type(cause).__name__}: {cause}", is_broken=is_broken)
             return
         except RayError as raised:
@@ -293,21 +316,18 @@ class RayPool:
             self._fleet.replace(flight.replica, error)
 
     def fetch(self, handle: Any) -> Any:
-        """Fetch a large result from the object store."""
+        """Fetch a large result from the object store, or from who keeps it."""
         if isinstance(handle, ItemOf):
             return self.fetch(handle.handle)[handle.place]
         try:
-            return ray.get(handle, timeout=self._options.task_timeout_s)
+            ref = handle.maker.give.remote(handle.key) if isinstance(handle, Kept) else handle
+            return ray.get(ref, timeout=self._options.task_timeout_s)
         except RayError as error:
             raise LostResult(str(error)) from error
 
     def close(self) -> None:
         """End every replica's process; one that does not answer at once is not waited for."""
         self._fleet.close()
-
-
-def _cut(count: int, size: int) -> list[tuple[int, ...]]:
-    return [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
 def _put(value: Any) -> Shared:

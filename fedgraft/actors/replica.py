@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import ObjectLostError, RayError
 from ray.util import get_placement_group
@@ -23,12 +24,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from fedgraft.actors.hosting import Fetch, ItemOf, LostResult, LostShared, PoolOptions
 from fedgraft.actors.places import choose_nodes, free_places
-from fedgraft.actors.tensors import share_tensors
+from fedgraft.actors.tensors import num_bytes, share_tensors
 from fedgraft.errors import ClusterError
 
-__all__ = ["Large", "LostHandle", "Rank", "Replica", "Shared", "remove_groups", "start_replicas"]
+__all__ = ["Kept", "Large", "LostHandle", "Rank", "Replica", "Shared", "remove_groups", "start_replicas"]
 
 _NODE_LABEL = "ray.io/node-id"
+_KEPT_SHARE = 0.2
+"""Share of a node's memory in which its replicas may keep results, each as much as its cores; the rest goes to the store."""
 _SLICE_S = 5.0
 """How often the wait for a place asks whether there still is one to wait for."""
 
@@ -41,18 +44,31 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True)
-class Large:
-    """Large results in the object store, wrapped for the same reason: each is fetched when it is asked for."""
+class Kept:
+    """The handle of a large result that its maker keeps in its own memory: ``key`` is the process and a number in it."""
 
-    refs: tuple[Any, ...]
+    maker: Any
+    key: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Large:
+    """Handles of large results, wrapped for the same reason: each is fetched when it is asked for."""
+
+    handles: tuple[Any, ...]
+
+    def of_process(self, process: str) -> tuple[int, ...]:
+        """Give the places of the handles whose results one process keeps."""
+        plain = [handle.handle if isinstance(handle, ItemOf) else handle for handle in self.handles]
+        return tuple(place for place, handle in enumerate(plain) if isinstance(handle, Kept) and handle.key[0] == process)
 
 
 class LostHandle(LostResult):
-    """The result of the handle at ``place`` is gone."""
+    """The results of the handles at ``places`` are gone."""
 
-    def __init__(self, place: int, why: str) -> None:
-        super().__init__(place, why)
-        self.place = place
+    def __init__(self, places: tuple[int, ...], why: str) -> None:
+        super().__init__(places, why)
+        self.places = places
 
     def __str__(self) -> str:
         return str(self.args[1])
@@ -61,10 +77,17 @@ class LostHandle(LostResult):
 class Rank:
     """One process of a replica: it hosts one object at a time. Made into an actor by ``start_replicas``."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: PoolOptions) -> None:
         share_tensors()
+        self._options = options
         self._hosted: Any = None
         self._shared: tuple[Any, Any] = (None, None)
+        self._is_leader = True
+        self._process = uuid.uuid4().hex
+        self._kept: dict[tuple[str, int], Any] = {}
+        self._kept_bytes = 0
+        self._num_kept = 0
+        self._may_keep = int(_KEPT_SHARE * psutil.virtual_memory().total * options.threads / (os.cpu_count() or 1))
 
     def meeting_point(self) -> tuple[str, int]:
         """Give this node's address and a port that is free on it, for the ranks to meet at."""
@@ -77,10 +100,11 @@ class Rank:
         """Tell what is hosted here its place among the ranks."""
         found = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": address, "MASTER_PORT": port, "LOCAL_RANK": 0}
         os.environ.update({name: str(value) for name, value in found.items()})
+        self._is_leader = rank == 0
 
     def host(self, factory: Callable[[], Any]) -> int:
         """Build the hosted object; gives the process id."""
-        self._shared = (None, None)
+        self._take_shared(None, None)
         hosted, self._hosted = self._hosted, None
         if hasattr(hosted, "close"):
             hosted.close()
@@ -107,41 +131,81 @@ class Rank:
         """Run a method on some items, one after another; the shared value is fetched once and kept until another one comes.
 
         Returns:
-            All small results, then the large ones, each an object of its own.
+            All small results, each with the key of the large one where this process keeps it, else ``None``; then the large
+            ones that it does not keep, each an object of its own.
 
         Raises:
             LostShared: The shared value is gone from the object store.
         """
         if self._shared[0] != shared.ref:
             try:
-                self._shared = (shared.ref, ray.get(shared.ref))
+                self._take_shared(shared.ref, ray.get(shared.ref))
             except ObjectLostError as error:
                 raise LostShared(str(error)) from None
-        pairs = [getattr(self._hosted, name)(item, self._shared[1]) for item in items]
-        return [small for small, _ in pairs], *(large for _, large in pairs)
+        found = [self._run_one(name, item) for item in items]
+        return [(small, key) for small, key, _ in found], *(large for _, _, large in found)
+
+    def _take_shared(self, ref: Any, value: Any) -> None:
+        """Take another shared value in place of what there was; nobody asks any more for what came of the last one."""
+        self._shared = (ref, value)
+        self._kept, self._kept_bytes = {}, 0
+
+    def _run_one(self, name: str, item: Any) -> tuple[Any, tuple[str, int] | None, Any]:
+        started = time.perf_counter()
+        small, large = getattr(self._hosted, name)(item, self._shared[1])
+        seconds = time.perf_counter() - started
+        size = num_bytes(large)
+        if not self._is_leader or size <= self._options.inline_bytes:
+            return small, None, large if self._is_leader else None
+        if seconds > self._options.keep_s_per_byte * size or self._kept_bytes + size > self._may_keep:
+            return small, None, large
+        self._num_kept += 1
+        key = (self._process, self._num_kept)
+        self._kept[key] = large
+        self._kept_bytes += size
+        return small, key, None
+
+    @ray.method(concurrency_group="give")  # type: ignore[untyped-decorator]
+    def give(self, key: tuple[str, int]) -> Any:
+        """Give a large result that is kept here, whatever the working thread does. It must not be written to.
+
+        Raises:
+            LostResult: It is not, any more.
+        """
+        try:
+            return self._kept[key]
+        except KeyError:
+            raise LostResult("it was made for another shared value") from None
 
     def apply(self, function: Callable[[Any, Fetch], tuple[Any, Any]], item: Any, large: Large) -> tuple[list[Any], Any]:
         """Run a function on an item and large results of earlier calls, whoever made them.
 
         Raises:
-            LostHandle: One that the function asked for is gone.
+            LostHandle: One that the function asked for is gone, and with it all others that its maker kept.
         """
 
         lists: dict[Any, Any] = {}  # of several results that lie in one object
 
+        def get(handle: Any) -> Any:
+            if not isinstance(handle, Kept):
+                return ray.get(handle)
+            return self._kept[handle.key] if handle.key in self._kept else ray.get(handle.maker.give.remote(handle.key))
+
         def fetch(place: int) -> Any:
-            handle = large.refs[place]
+            handle = large.handles[place]
+            plain = handle.handle if isinstance(handle, ItemOf) else handle
             try:
-                if not isinstance(handle, ItemOf):
-                    return ray.get(handle)
-                if handle.handle not in lists:
-                    lists[handle.handle] = ray.get(handle.handle)
-                return lists[handle.handle][handle.place]
+                if plain is handle:
+                    return get(handle)
+                if plain not in lists:
+                    lists[plain] = get(plain)
+                return lists[plain][handle.place]
             except RayError as error:
-                raise LostHandle(place, str(error)) from None
+                places = large.of_process(plain.key[0]) if isinstance(plain, Kept) else (place,)
+                raise LostHandle(places, str(error)) from None
 
         small, result = function(item, fetch)
-        return [small], result
+        return [(small, None)], result
 
 
 class Replica:
@@ -154,6 +218,11 @@ class Replica:
         self._actors = actors
         self._group = group
         self.node = node
+
+    @property
+    def leader(self) -> Any:
+        """The actor whose results are the replica's."""
+        return self._actors[0]
 
     @property
     def num_ranks(self) -> int:
@@ -185,7 +254,7 @@ class Replica:
         """Start a call on some items in every rank.
 
         Returns:
-            The reference of each rank's small results, and of each of the leader's large ones.
+            The reference of each rank's small results, and of each of the leader's large ones that it does not keep.
         """
         found = [actor.run.options(num_returns=1 + len(items)).remote(name, items, shared) for actor in self._actors]
         return [small for small, *_ in found], found[0][1:]
@@ -315,12 +384,12 @@ def _actor(options: PoolOptions, group: Any = None, rank: int = -1, node: str | 
         place["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
     elif node is not None:
         place["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
-    # Beats are answered in a thread of their own; calls still run one after another, in one thread.
-    actor = ray.remote(concurrency_groups={"beat": 1})(Rank).options(
+    # Beats and kept results are answered in threads of their own; calls still run one after another, in one thread.
+    actor = ray.remote(concurrency_groups={"beat": 1, "give": 1})(Rank).options(
         num_cpus=options.threads,
         num_gpus=options.gpus_per_replica / options.ranks,
         max_restarts=0,  # a restarted actor would be empty; the pool restores what it hosted
         runtime_env={"env_vars": env},
         **place,
     )
-    return actor.remote()
+    return actor.remote(options)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from ray.util import register_serializer
 
-__all__ = ["share_tensors"]
+__all__ = ["num_bytes", "share_tensors"]
 
 _Flat: TypeAlias = tuple["np.ndarray[Any, np.dtype[np.uint8]]", str, tuple[int, ...]]
 
@@ -26,6 +26,14 @@ def share_tensors() -> None:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
         torch.from_numpy(np.frombuffer(bytes(1), dtype=np.uint8))
     register_serializer(torch.Tensor, serializer=_flatten, deserializer=_restore)
+
+
+def num_bytes(value: Any) -> int:
+    """Count the bytes of all tensors in dictionaries and lists; 0 where there is anything else."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(num_bytes, parts))
 
 
 def _flatten(tensor: torch.Tensor) -> _Flat:

@@ -90,7 +90,8 @@ class Double:
         return item.number + shared + rank * 1000, [item.number] * 200_000
 
     def tensors(self, item: Item, shared: torch.Tensor) -> tuple[int, dict[str, torch.Tensor]]:
-        """Give this process and a large tensor: the shared one, with the item's number added."""
+        """Take ``item.seconds``; give this process and a large tensor: the shared one, with the item's number added."""
+        time.sleep(item.seconds)
         return os.getpid(), {"w": shared + item.number, "none": torch.empty(0, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
 
 

@@ -7,6 +7,7 @@ clients arrive, at most one partial sum a level waits, not the cohort.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ T = TypeVar("T")
 _SMALL = 1 << 12
 """Values of a tensor up to which a call costs more than its work."""
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 17
 """Values of a chunk: its partial sums stay in a core's cache, so that a tensor is read from memory once, whatever the cohort."""
 
 
@@ -141,16 +142,17 @@ class TreeSum:
         return self._waiting.get((self._depth, 0)) or PartialSum()
 
 
-def tree_of(leaves: Iterable[T | None], add: Callable[[T, T], T]) -> T | None:
+def tree_of(leaves: Iterable[T | None], add: Callable[[T, T], T], levels: Iterable[int] | None = None) -> T | None:
     """Add up leaves in the order of their places, as the tree does; ``None`` is an empty place, or nobody at all.
 
     Args:
         leaves: One a place.
         add: Adds two neighbouring subtrees, left before right; may consume them.
+        levels: Of leaves that are complete subtrees themselves, without a gap between them: of 2^level places each.
     """
     waiting: list[tuple[int, T | None]] = []  # by level, falling: the subtrees that are whole and wait for their right sibling
-    for leaf_value in leaves:
-        level, node = 0, leaf_value
+    for leaf_value, leaf_level in zip(leaves, itertools.repeat(0) if levels is None else levels, strict=False):
+        level, node = leaf_level, leaf_value
         while waiting and waiting[-1][0] == level:
             node = _added(waiting.pop()[1], node, add)
             level += 1
@@ -167,11 +169,12 @@ def _added(left: T | None, right: T | None, add: Callable[[T, T], T]) -> T | Non
     return add(left, right)
 
 
-def sum_tree(leaves: Sequence[tuple[torch.Tensor, float] | None]) -> torch.Tensor | None:
+def sum_tree(leaves: Sequence[tuple[torch.Tensor, float] | None], levels: Sequence[int] | None = None) -> torch.Tensor | None:
     """Sum one key over a complete subtree: the bits of ``leaf`` and ``merge``, a chunk of the tensors at a time.
 
     Args:
         leaves: Tensor and weight of every place, all tensors of one shape; ``None`` where a client did not send the key.
+        levels: See ``tree_of``.
 
     Returns:
         The sum of weight * tensor in float64; ``None`` where nobody sent it. Values that are not finite stay so in the sum.
@@ -183,7 +186,8 @@ def sum_tree(leaves: Sequence[tuple[torch.Tensor, float] | None]) -> torch.Tenso
     flat = [None if leaf_value is None else (leaf_value[0].reshape(-1), leaf_value[1]) for leaf_value in leaves]
     size = shape.numel()
     total = torch.empty(size, dtype=torch.float64)
-    free = [torch.empty(min(_CHUNK, size), dtype=torch.float64) for _ in range(max(len(leaves) - 1, 0).bit_length() + 1)]
+    most = max(len(leaves) - 1, 0).bit_length() + 1 if levels is None else len(leaves)  # subtrees that wait for a sibling
+    free = [torch.empty(min(_CHUNK, size), dtype=torch.float64) for _ in range(most)]
     for start in range(0, size, _CHUNK):
         stop = min(start + _CHUNK, size)
         spare = [buffer[: stop - start] for buffer in free]
@@ -201,17 +205,18 @@ def sum_tree(leaves: Sequence[tuple[torch.Tensor, float] | None]) -> torch.Tenso
             spare.append(right)
             return left
 
-        found = tree_of(map(weighted, flat), add)
+        found = tree_of(map(weighted, flat), add, levels)
         assert found is not None
         total[start:stop] = found
     return total.reshape(shape)
 
 
-def sum_trees(leaves: Mapping[str, Sequence[tuple[torch.Tensor, float] | None]]) -> Params:
+def sum_trees(leaves: Mapping[str, Sequence[tuple[torch.Tensor, float] | None]], levels: Sequence[int] | None = None) -> Params:
     """Sum many keys over a subtree, each as ``sum_tree`` does; small ones of the same clients with the same weights go together.
 
     Args:
         leaves: By key, tensor and weight of every place; somebody sent every key.
+        levels: See ``tree_of``.
     """
     found: Params = {}
     together: dict[tuple[float | None, ...], list[str]] = {}
@@ -220,16 +225,20 @@ def sum_trees(leaves: Mapping[str, Sequence[tuple[torch.Tensor, float] | None]])
         if tensors[0].numel() <= _SMALL and all(tensor.is_floating_point() for tensor in tensors):
             together.setdefault(tuple(None if place is None else place[1] for place in places), []).append(key)
     for weights, keys in together.items():
-        found.update(_sum_together({key: leaves[key] for key in keys}, weights))
+        found.update(_sum_together({key: leaves[key] for key in keys}, weights, levels))
     for key, places in leaves.items():
         if key not in found:
-            summed = sum_tree(places)
+            summed = sum_tree(places, levels)
             assert summed is not None
             found[key] = summed
     return {key: found[key] for key in leaves}
 
 
-def _sum_together(leaves: Mapping[str, Sequence[tuple[torch.Tensor, float] | None]], weights: Sequence[float | None]) -> Params:
+def _sum_together(
+    leaves: Mapping[str, Sequence[tuple[torch.Tensor, float] | None]],
+    weights: Sequence[float | None],
+    levels: Sequence[int] | None,
+) -> Params:
     """Sum keys that the same places hold with the same weights, as one long vector a place."""
     given = [weight for weight in weights if weight is not None]
     columns = [[place[0] for place in places if place is not None] for places in leaves.values()]
@@ -237,7 +246,7 @@ def _sum_together(leaves: Mapping[str, Sequence[tuple[torch.Tensor, float] | Non
     # Wider than every part before anything is computed: concatenation takes the widest dtype, and each value stays what it was.
     products = torch.cat(rows).double().view(len(given), -1).mul_(torch.tensor(given, dtype=torch.float64)[:, None])
     waiting = iter(products.unbind())
-    total = tree_of((None if weight is None else next(waiting) for weight in weights), torch.Tensor.add_)
+    total = tree_of((None if weight is None else next(waiting) for weight in weights), torch.Tensor.add_, levels)
     assert total is not None
     parts = torch.split(total, [column[0].numel() for column in columns])
     return {key: part.reshape(column[0].shape).clone() for key, part, column in zip(leaves, parts, columns, strict=True)}

@@ -1,16 +1,18 @@
 """Phase two of a round: the cohort's tensors, summed through the fixed tree, where they lie.
 
-A block is a complete subtree: the places i * 2^k to (i + 1) * 2^k of the cohort. A replica sums a block and keeps the sum; the
-driver merges a few such sums and never holds the cohort. Small tensors came with their replies; the driver sums them itself, as
-one block. Nothing of this changes a bit: the tree is the same.
+A block is a complete subtree: the places i * 2^k to (i + 1) * 2^k of the cohort. Each replica has a stretch of the cohort as its
+own, trains those clients if it can, and sums the few blocks that they make up; the driver merges the sums and never holds the
+cohort. Small tensors came with their replies; the driver sums them itself, as one block. Nothing of this changes a bit: the tree
+is the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -22,13 +24,16 @@ from fedgraft.platform.task_checks import spread_names
 from fedgraft.protocols import Reduced, Weights
 from fedgraft.types import ClientFailure, ClientTask, ClientUpdate, Params, TensorInfo
 
-__all__ = ["Block", "Part", "RefusedUpdates", "merge_sums", "sum_block", "sum_updates"]
+__all__ = ["Block", "MakeAgain", "Part", "RefusedUpdates", "homes", "merge_sums", "sum_block", "sum_updates"]
+
+MakeAgain: TypeAlias = Callable[[Sequence[int]], Mapping[int, Any]]
+"""Runs the tasks of some places of the cohort again, as their tensors are lost; gives the new handles by place."""
+
 
 _FEW = 16
 """As many partial sums the driver merges itself; more are summed in the replicas first."""
-_MIN_BLOCK = 4
-_BLOCKS_A_REPLICA = 4
-"""So that a replica that has ended early takes over from one that is slow."""
+_UNITS_A_REPLICA = 4
+"""Stretches are cut at multiples of a power of two, so that few blocks make up each; they are alike to a quarter."""
 _TRIES = 5
 """How often sums of blocks may be lost with their nodes in one round."""
 
@@ -107,7 +112,7 @@ def sum_updates(
     handles: list[Any],
     *,
     pool: Pool,
-    make_again: Callable[[int], Any],
+    make_again: MakeAgain,
 ) -> Reduced:
     """Sum the cohort's updates.
 
@@ -117,7 +122,7 @@ def sum_updates(
         weights: Of the updates among them.
         handles: Of the large halves, in cohort order; one that is made again is replaced.
         pool: Has the large halves, and sums.
-        make_again: Runs the task of a place again, as its tensors are lost; gives the new handle.
+        make_again: Runs tasks again.
 
     Raises:
         RefusedUpdates: Tensors are not what replies announced, or have values that are not finite.
@@ -188,7 +193,7 @@ def _sum_here(
     parts: Sequence[Part | None],
     handles: list[Any],
     pool: Pool,
-    make_again: Callable[[int], Any],
+    make_again: MakeAgain,
     outcomes: Sequence[ClientUpdate | ClientFailure],
 ) -> Params:
     """Sum the whole cohort in this process."""
@@ -200,7 +205,7 @@ def _sum_here(
             try:
                 return pool.fetch(handles[position])  # type: ignore[no-any-return]
             except LostResult:
-                handles[position] = make_again(position)
+                handles[position] = make_again([position])[position]
 
     problems, total = sum_block(Block(tuple(parts)), fetch)
     _refuse(problems, outcomes)
@@ -211,17 +216,19 @@ def _sum_there(
     parts: Sequence[Part | None],
     handles: list[Any],
     pool: Pool,
-    make_again: Callable[[int], Any],
+    make_again: MakeAgain,
     outcomes: Sequence[ClientUpdate | ClientFailure],
 ) -> Params:
     """Sum blocks in the replicas, and their sums here."""
     why = ""
     for _ in range(_TRIES):
         try:
-            sums = _sum_blocks(parts, handles, pool, make_again, outcomes)
+            blocks = _blocks(len(parts), pool.size)
+            sums = _sum_blocks(parts, blocks, handles, pool, make_again, outcomes)
+            levels = [block.level for block in blocks]
             if len(sums) > _FEW:
-                sums = _merge_there(sums, pool)
-            return merge_sums(len(sums), lambda place, sums=sums: pool.fetch(sums[place]))[1]  # type: ignore[misc]
+                levels, sums = _merge_there(blocks, sums, pool)
+            return merge_sums(levels, lambda place, sums=sums: pool.fetch(sums[place]))[1]  # type: ignore[misc]
         except LostResult as error:
             why = str(error)  # of a sum of ours: the updates are still there, or are made again
     raise ClusterError(f"sums over parts of the cohort were lost {_TRIES} times: {why}", "mend the cause, then resume the run")
@@ -229,69 +236,112 @@ def _sum_there(
 
 def _sum_blocks(
     parts: Sequence[Part | None],
+    blocks: Sequence[_Subtree],
     handles: list[Any],
     pool: Pool,
-    make_again: Callable[[int], Any],
+    make_again: MakeAgain,
     outcomes: Sequence[ClientUpdate | ClientFailure],
 ) -> list[Any]:
     """Let the replicas sum the cohort's blocks; gives the handles of the sums, in cohort order."""
-    size = _block_size(len(parts), pool.size)
-    starts = range(0, len(parts), size)
-    sums: list[Any] = [None] * len(starts)
+    sums: list[Any] = [None] * len(blocks)
     problems: dict[int, str] = {}
-    left = list(range(len(starts)))
+    left = list(range(len(blocks)))
     while left:
-        blocks = [Block(tuple(parts[starts[i] : starts[i] + size])) for i in left]
-        places = [_positions(parts, starts[i], size) for i in left]
-        lost: dict[int, int] = {}
+        wanted = [Block(tuple(parts[blocks[i].start : blocks[i].stop])) for i in left]
+        places = [_positions(parts, blocks[i]) for i in left]
+        lost: dict[int, list[int]] = {}
         held = [[handles[position] for position in each] for each in places]
-        for finished in pool.apply(sum_block, blocks, held):
-            start = starts[left[finished.index]]
-            if finished.lost is not None:
-                lost[left[finished.index]] = places[finished.index][finished.lost]
+        # The replicas may have become fewer since; then whoever is there takes a share.
+        where = [blocks[i].home % pool.size for i in left]
+        for finished in pool.apply(sum_block, wanted, held, homes=where):
+            start = blocks[left[finished.index]].start
+            if finished.lost:
+                lost[left[finished.index]] = [places[finished.index][place] for place in finished.lost]
             elif finished.error is not None:
                 raise ClusterError(f"a part of the cohort could not be summed: {finished.error}", "mend the cause, then resume")
             else:
                 problems |= {start + place: problem for place, problem in finished.value.items()}
                 sums[left[finished.index]] = finished.handle
-        for position in sorted(set(lost.values())):
-            handles[position] = make_again(position)
+        if lost:
+            for position, handle in make_again(sorted(position for each in lost.values() for position in each)).items():
+                handles[position] = handle
         left = sorted(lost)
     _refuse(problems, outcomes)
     return sums
 
 
-def _merge_there(sums: Sequence[Any], pool: Pool) -> list[Any]:
-    """Let the replicas merge sums of neighbouring blocks."""
-    size = _power_of_two(len(sums) / _FEW)
-    groups = [sums[start : start + size] for start in range(0, len(sums), size)]
-    merged: list[Any] = [None] * len(groups)
-    for finished in pool.apply(merge_sums, [len(group) for group in groups], groups):
-        if finished.lost is not None:
+def _merge_there(blocks: Sequence[_Subtree], sums: Sequence[Any], pool: Pool) -> tuple[list[int], list[Any]]:
+    """Let the replicas merge sums of neighbouring blocks; gives levels and handles of what comes of it."""
+    level = 0
+    while len({block.start >> level for block in blocks}) > _FEW:
+        level += 1
+    groups: dict[int, list[int]] = {}
+    for place, block in enumerate(blocks):
+        groups.setdefault(block.start >> level, []).append(place)
+    levels = [max(level, blocks[places[0]].level) for places in groups.values()]
+    items = [[blocks[place].level for place in places] for places in groups.values()]
+    merged: list[Any] = [None] * len(items)
+    for finished in pool.apply(merge_sums, items, [[sums[place] for place in places] for places in groups.values()]):
+        if finished.lost:
             raise LostResult(str(finished.error))
         if finished.error is not None:
             raise ClusterError(f"a part of the cohort could not be summed: {finished.error}", "mend the cause, then resume")
         merged[finished.index] = finished.handle
-    return merged
+    return levels, merged
 
 
-def merge_sums(count: int, fetch: Fetch) -> tuple[None, Params]:
-    """Merge the sums of neighbouring blocks, first to last."""
-    sums: list[Params] = [fetch(place) for place in range(count)]
+def merge_sums(levels: Sequence[int], fetch: Fetch) -> tuple[None, Params]:
+    """Merge the sums of neighbouring blocks of these levels, first to last."""
+    sums: list[Params] = [fetch(place) for place in range(len(levels))]
     names = dict.fromkeys(name for each in sums for name in each)
-    return None, sum_trees({name: [(each[name], 1.0) if name in each else None for each in sums] for name in names})
+    leaves = {name: [(each[name], 1.0) if name in each else None for each in sums] for name in names}
+    return None, sum_trees(leaves, levels)
 
 
-def _block_size(count: int, replicas: int) -> int:
-    return _power_of_two(max(_MIN_BLOCK, count / (_BLOCKS_A_REPLICA * replicas)))
+@dataclass(frozen=True, slots=True)
+class _Subtree:
+    """The places from ``start`` on, 2^level of them (fewer at the cohort's end), and the replica that has them as its own."""
+
+    start: int
+    level: int
+    home: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + (1 << self.level)
+
+
+def homes(count: int, replicas: int) -> list[int]:
+    """Share the places of a cohort out to replicas in stretches: gives the number of the replica for each place."""
+    unit = _power_of_two(count / (_UNITS_A_REPLICA * replicas))
+    units = math.ceil(count / unit)
+    return [place // unit * replicas // units for place in range(count)]
+
+
+def _blocks(count: int, replicas: int) -> list[_Subtree]:
+    """Cut each replica's stretch into the largest subtrees that lie in it, in the order of the cohort."""
+    sizes = Counter(homes(count, replicas))
+    end = _power_of_two(count)  # what lies behind the cohort is empty, and may be anybody's
+    found = []
+    start = 0
+    for home, size in sorted(sizes.items()):
+        stop = start + size if start + size < count else end
+        while start < stop:
+            level = (start & -start or end).bit_length() - 1
+            while start + (1 << level) > stop:
+                level -= 1
+            if start < count:
+                found.append(_Subtree(start, level, home))
+            start += 1 << level
+    return found
 
 
 def _power_of_two(least: float) -> int:
-    return 1 << (math.ceil(least) - 1).bit_length()
+    return 1 << (max(1, math.ceil(least)) - 1).bit_length()
 
 
-def _positions(parts: Sequence[Part | None], start: int, size: int) -> list[int]:
-    return [start + place for place, part in enumerate(parts[start : start + size]) if part is not None]
+def _positions(parts: Sequence[Part | None], block: _Subtree) -> list[int]:
+    return [block.start + place for place, part in enumerate(parts[block.start : block.stop]) if part is not None]
 
 
 def _refuse(problems: dict[int, str], outcomes: Sequence[ClientUpdate | ClientFailure]) -> None:

@@ -24,7 +24,7 @@ from fedgraft.platform.evaluation import Evaluator
 from fedgraft.platform.grouping import passes, split
 from fedgraft.platform.ledger import Entry, describe, entries
 from fedgraft.platform.progress import Event
-from fedgraft.platform.reduction import RefusedUpdates, sum_updates
+from fedgraft.platform.reduction import RefusedUpdates, homes, sum_updates
 from fedgraft.platform.replies import ReplyLimits, check_reply
 from fedgraft.platform.run_folder import RunFolder
 from fedgraft.platform.sampling import sample_cohort
@@ -349,13 +349,18 @@ class RoundLoop:
         handles: list[Any] = [None] * len(tasks)
         rows: list[list[Entry]] = [[] for _ in tasks]
         left = passes(len(tasks), self._at_once)
+        # Where updates are summed in the replicas, each had best train the clients that it will sum. What is sent is as large.
+        largest = max(sum(info.num_bytes for info in each) for each in sent)
+        own = homes(len(tasks), self._pool.size) if largest > self._pool.inline_bytes else None
+        may_move = self._schedule.may_move(largest)
         self._shares_pass = {tasks[at].client_id: tuple(tasks[i] for i in each) for each in left for at in each}
         for attempt in range(1, self._job.federation.max_failures + 1):
             answered: set[int] = set()
             is_over: set[int] = set()
             if self._pool.size > 1:
                 left = [left[place] for place in self._schedule.order([[tasks[i].client_id for i in each] for each in left])]
-            for finished in self._map([tuple(tasks[i] for i in each) for each in left], shared):
+            owners = None if own is None else [own[each[0]] for each in left]
+            for finished in self._map([tuple(tasks[i] for i in each) for each in left], shared, owners, may_move=may_move):
                 if finished.index in answered:
                     for position in left[finished.index]:
                         self._note_failure(_duplicate(tasks[position]))
@@ -385,12 +390,20 @@ class RoundLoop:
         # In cohort order, whoever came first: the ledger is part of what must not depend on the replicas.
         return [last for last in outcomes if last is not None], handles, [row for each in rows for row in each]
 
-    def _map(self, groups: Sequence[tuple[ClientTask, ...]], shared: Any) -> Iterator[Finished]:
+    def _map(
+        self,
+        groups: Sequence[tuple[ClientTask, ...]],
+        shared: Any,
+        owners: Sequence[int] | None = None,
+        *,
+        may_move: bool = True,
+    ) -> Iterator[Finished]:
         """Let replicas train clients, those of a group in one pass."""
         together = self._schedule.group([[task.client_id for task in group] for group in groups], self._pool.size)
+        how: dict[str, Any] = {"group": together, "homes": owners, "may_move": may_move}
         if self._at_once == 1:
-            return self._pool.map("update", [task for (task,) in groups], shared, group=together)
-        return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared, group=together)
+            return self._pool.map("update", [task for (task,) in groups], shared, **how)
+        return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared, **how)
 
     def _note_failure(self, failure: ClientFailure) -> None:
         data: dict[str, Any] = {"client_id": failure.client_id, "stage": failure.stage, "error": failure.error}
@@ -459,13 +472,16 @@ class RoundLoop:
         """
         again = [0] * len(tasks)
 
-        def make_again(position: int) -> Any:
-            outcome = outcomes[position]
-            assert isinstance(outcome, ClientUpdate)
-            again[position] += 1
-            if again[position] > self._job.federation.max_failures:
-                raise _lost(outcome)
-            return self._make_again(replace(tasks[position], num_parts=outcome.num_parts), shared)
+        def make_again(positions: Sequence[int]) -> Mapping[int, Any]:
+            wanted = []
+            for position in positions:
+                outcome = outcomes[position]
+                assert isinstance(outcome, ClientUpdate)
+                again[position] += 1
+                if again[position] > self._job.federation.max_failures:
+                    raise _lost(outcome)
+                wanted.append(replace(tasks[position], num_parts=outcome.num_parts))
+            return dict(zip(positions, self._make_again(wanted, shared), strict=True))
 
         while True:
             updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
@@ -479,16 +495,27 @@ class RoundLoop:
                     outcomes[position] = failure
                     self._note_failure(failure)
 
-    def _make_again(self, task: ClientTask, shared: Any) -> Any:
-        """Run the task of an update that was lost with its node, in the pass that it shared: same bits; gives the new handle."""
-        group = self._shares_pass[task.client_id]
-        place = [each.client_id for each in group].index(task.client_id)
-        group = (*group[:place], task, *group[place + 1 :])
-        finished = split(next(iter(self._map([group], shared))), len(group))[place]
-        if finished.error is not None or isinstance(finished.value, ClientFailure):
-            raise _lost(task)
-        self._made_again.append((task, finished.value))
-        return finished.handle
+    def _make_again(self, tasks: Sequence[ClientTask], shared: Any) -> list[Any]:
+        """Run tasks again whose updates were lost with their node or replica, in the passes that they shared: same bits.
+
+        Returns:
+            The new handles, in the order of the tasks.
+        """
+        again = {task.client_id: task for task in tasks}
+        groups = list(dict.fromkeys(tuple(each.client_id for each in self._shares_pass[client]) for client in again))
+        passes = [tuple(again.get(each.client_id, each) for each in self._shares_pass[group[0]]) for group in groups]
+        handles: dict[int, Any] = {}
+        for finished in self._map(passes, shared):
+            group = passes[finished.index]
+            for task, single in zip(group, split(finished, len(group)), strict=True):
+                if task.client_id not in again:
+                    continue
+                if single.error is not None or isinstance(single.value, ClientFailure):
+                    raise _lost(task)
+                self._made_again.append((task, single.value))
+                handles[task.client_id] = single.handle
+        self._made_again.sort(key=lambda each: each[0].client_id)
+        return [handles[task.client_id] for task in tasks]
 
     def _record(self, round_idx: int, updates: Sequence[ClientUpdate], rows: Sequence[Entry], seconds: float) -> dict[str, float]:
         """Write the round's lines and report its event; gives what tracking gets."""

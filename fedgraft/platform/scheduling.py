@@ -13,6 +13,8 @@ __all__ = ["Schedule"]
 
 _CALL_S = 0.05
 """A call should take so long: a hundred times the way there and back, and still short beside a round that many calls make up."""
+_MOVE_S_A_BYTE = 2e-9
+"""To the object store and back out: two copies, into pages that may be new."""
 _MEMORY = 0.5
 """Weight of what was learned before against what a client has just taken."""
 
@@ -44,6 +46,13 @@ class Schedule:
         if not mean:
             return 1
         return max(1, min(int(_CALL_S / mean), math.ceil(len(passes) / replicas)))
+
+    def may_move(self, num_bytes: int) -> bool:
+        """Whether a client had rather run elsewhere than wait for the replica that is to sum what it sends, ``num_bytes``.
+
+        Not where it takes less than its update takes on the way; so before anything is known.
+        """
+        return not self._seconds or sum(self._seconds.values()) / len(self._seconds) > _MOVE_S_A_BYTE * num_bytes
 
     def _mean(self, passes: Sequence[Sequence[int]]) -> float:
         known = [self._seconds[client] for each in passes for client in each if client in self._seconds]

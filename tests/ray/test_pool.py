@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from ray.exceptions import ObjectLostError
 
 from fedgraft.actors.hosting import Finished, LostResult, PoolOptions
 from fedgraft.actors.pool import RayPool
-from fedgraft.actors.replica import Shared
+from fedgraft.actors.replica import Kept, Shared
 from fedgraft.actors.testing import Double, Item, add_up
 from fedgraft.errors import ClusterError, FedgraftError, GroupViolation, StorageError
 
@@ -168,7 +169,7 @@ def test_the_memory_monitors_kill_is_a_death_like_any_other(pool: RayPool, monke
     real, raised = ray.get, []
 
     def get(refs: object, **options: object) -> object:
-        if isinstance(refs, ray.ObjectRef) and not raised and real(refs, **options) == [101]:
+        if isinstance(refs, ray.ObjectRef) and not raised and real(refs, **options) == [(101, None)]:
             raised.append(refs)
             raise ray.exceptions.OutOfMemoryError("killed by the memory monitor")
         return real(refs, **options)
@@ -185,9 +186,47 @@ def test_the_memory_monitors_kill_is_a_death_like_any_other(pool: RayPool, monke
 
 @pytest.fixture
 def made(pool: RayPool) -> list[Finished]:
-    """Four large tensors, w = place + 10 everywhere, by whichever replica was free."""
-    found = list(pool.map("tensors", [Item(number=n) for n in range(4)], pool.share(torch.full((100_000,), 10.0))))
+    """Four large tensors, w = place + 10 everywhere, by whichever replica was free, that took too long to be made again."""
+    return _make(pool, seconds=0.1)
+
+
+def _make(pool: RayPool, seconds: float, homes: list[int] | None = None) -> list[Finished]:
+    items = [Item(number=n, seconds=seconds) for n in range(4)]
+    found = list(pool.map("tensors", items, pool.share(torch.full((100_000,), 10.0)), homes=homes, may_move=False))
     return sorted(found, key=lambda done: done.index)
+
+
+def test_what_is_soon_made_again_stays_with_its_maker(pool: RayPool) -> None:
+    made = _make(pool, seconds=0.0, homes=[0, 1, 1, 0])
+    handles = [done.handle for done in made]
+    assert all(isinstance(handle, Kept) for handle in handles)
+    pids = pool.call("pid")
+    assert [done.value for done in made] == [pids[home] for home in (0, 1, 1, 0)]
+    # Of its own, of another's, and fetched by the caller: the same values.
+    found = {done.index: done for done in pool.apply(add_up, [Item(number=2)] * 2, [handles[:2], handles[2:]], homes=[1, 0])}
+    assert [done.value for _, done in sorted(found.items())] == [pids[1], pids[0]]
+    assert [float(pool.fetch(found[i].handle)["w"].max()) for i in range(2)] == [21.0, 25.0]
+    assert [float(pool.fetch(handle)["w"][0]) for handle in handles] == [10.0, 11.0, 12.0, 13.0]
+    # They go with the shared value that they were made from.
+    _make(pool, seconds=0.0)
+    with pytest.raises(LostResult):
+        pool.fetch(handles[0])
+
+
+def test_all_that_a_dead_replica_kept_is_lost_at_once(pool: RayPool) -> None:
+    handles = [done.handle for done in _make(pool, seconds=0.0, homes=[0, 1, 0, 1])]
+    os.kill(pool.call("pid")[0], signal.SIGKILL)
+    (found,) = pool.apply(add_up, [Item(number=4)], [handles], homes=[1])
+    assert (found.lost, found.num_tries) == ((0, 2), 1)
+    assert float(pool.fetch(handles[3])["w"][0]) == 13.0
+    with pytest.raises(LostResult):
+        pool.fetch(handles[2])
+
+
+def test_a_replica_with_nothing_left_of_its_own_takes_what_others_wait_for(pool: RayPool) -> None:
+    items = [Item(number=n, seconds=0.3) for n in range(4)]
+    found = list(pool.map("tensors", items, pool.share(torch.ones(3)), homes=[0, 0, 0, 0]))
+    assert {done.value for done in found} == set(pool.call("pid"))
 
 
 def test_functions_run_in_replicas_on_what_other_replicas_made(pool: RayPool, made: list[Finished]) -> None:
@@ -216,7 +255,7 @@ def test_a_replica_that_dies_in_a_function_costs_a_retry(pool: RayPool, made: li
     # What the dead replica had made is still in the store.
     assert [float(pool.fetch(handle)["w"][0]) for handle in handles] == [10.0, 11.0, 12.0, 13.0]
     (bad,) = pool.apply(add_up, [Item(number=0, act="raise")], [[]])
-    assert (bad.num_tries, bad.lost) == (2, None)
+    assert (bad.num_tries, bad.lost) == (2, ())
     assert "item 0 is bad" in str(bad.error)
 
 
@@ -230,7 +269,7 @@ def test_a_lost_result_is_named_by_its_place_and_nothing_is_tried_again(pool: Ra
             time.sleep(0.1)
     before = pool.call("pid")
     (found,) = pool.apply(add_up, [Item(number=3)], [[made[0].handle, made[1].handle, lost]])
-    assert (found.lost, found.num_tries) == (2, 1)
+    assert (found.lost, found.num_tries) == ((2,), 1)
     assert found.error
     assert pool.call("pid") == before, "no replica is to blame"
 

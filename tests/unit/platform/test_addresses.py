@@ -307,7 +307,7 @@ def test_a_second_try_charges_what_was_asked_for_again(make_job: Maker, use: Use
 class Renaming(LocalPool):
     """Claims that client 1 had asked for something that the server does not have."""
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, **how: Any) -> Iterator[Finished]:
         for finished in super().map(name, items, shared):
             if name == "update" and items[finished.index].client_id == 1:
                 finished = replace(finished, value=replace(finished.value, requested={slot(0, 3, "down_proj"): "stray"}))

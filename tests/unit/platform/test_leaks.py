@@ -48,7 +48,7 @@ def test_rounds_leave_nothing_behind(method: dict[str, Any], make_job: Callable[
             def __getattr__(self, name: str) -> Any:
                 return getattr(inner, name)
 
-            def map(self, *given: Any, group: int = 1) -> Any:
+            def map(self, *given: Any, **how: Any) -> Any:
                 for finished in inner.map(*given):
                     inner.replies.clear()
                     yield finished

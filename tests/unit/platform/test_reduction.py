@@ -14,7 +14,7 @@ from fedgraft.actors.local import LocalPool
 from fedgraft.aggregation import reduce
 from fedgraft.aggregation.reduce import TreeSum, leaf, sum_tree, tree_of
 from fedgraft.errors import ClusterError, MethodError, UpdateError
-from fedgraft.platform.reduction import RefusedUpdates, sum_updates
+from fedgraft.platform.reduction import RefusedUpdates, homes, sum_updates
 from fedgraft.protocols import Reduced, Weights
 from fedgraft.types import ClientFailure, ClientTask, ClientUpdate, Params, RoundPlan, TensorInfo
 
@@ -34,7 +34,10 @@ class FarPool(LocalPool):
         self.fetched: list[Any] = []
         self.applied: list[list[int]] = []
 
-    def apply(self, function: Any, items: Sequence[Any], handles: Sequence[Sequence[Any]]) -> Iterator[Finished]:
+    def apply(
+        self, function: Any, items: Sequence[Any], handles: Sequence[Sequence[Any]], *, homes: Sequence[int] | None = None
+    ) -> Iterator[Finished]:
+        assert homes is None or all(0 <= home < self.size for home in homes)
         self.applied.append([len(each) for each in handles])
         yield from reversed(list(super().apply(function, items, handles)))  # whoever comes first
 
@@ -111,9 +114,9 @@ def summed(tensors: Sequence[Params | None], weights: Weights, pool: LocalPool, 
     tasks, outcomes = cohort(tensors)
     handles: list[Any] = list(tensors)
 
-    def make_again(position: int) -> Any:
-        (again if again is not None else []).append(position)
-        return dict(tensors[position] or {})
+    def make_again(positions: Sequence[int]) -> dict[int, Any]:
+        (again if again is not None else []).extend(positions)
+        return {position: dict(tensors[position] or {}) for position in positions}
 
     return sum_updates(tasks, outcomes, weights, handles, pool=pool, make_again=make_again)
 
@@ -177,9 +180,36 @@ def test_no_replica_gets_the_whole_cohort_and_the_caller_fetches_few_sums() -> N
     found = summed(tensors, Weights(default=(1.0,) * 1000), pool)
     assert torch.equal(found.delta["w"], torch.ones(3).double())
     blocks, merges = pool.applied
-    assert blocks == [8] * 125  # four blocks a replica at least, powers of two
-    assert merges == [8] * 15 + [5]
+    assert sum(blocks) == 1000
+    assert max(blocks) <= 32  # a replica's share is 25
+    assert all(size & (size - 1) == 0 for size in blocks), "complete subtrees"
+    assert sum(merges) == len(blocks)
+    assert len(merges) <= 16
     assert all(handle is not sent for handle in pool.fetched[-16:] for sent in tensors), "the caller fetches sums only"
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("count", [1, 2, 3, 13, 50, 64, 1000])
+def test_each_replica_sums_one_stretch_of_the_cohort_in_few_blocks(count: int, replicas: int) -> None:
+    shares = homes(count, replicas)
+    assert len(shares) == count
+    assert shares == sorted(shares)
+    assert set(shares) <= set(range(replicas))
+    sizes = [shares.count(home) for home in range(replicas)]
+    if count >= 8 * replicas:
+        # Units of at most half of an even share of a quarter more: nobody has more than its share and one of them.
+        assert max(sizes) <= count / replicas * 1.5
+        assert min(sizes) > 0
+    found: list[tuple[int, int]] = []
+
+    class Noting(FarPool):
+        def apply(self, function: Any, items: Sequence[Any], handles: Any, *, homes: Any = None) -> Iterator[Finished]:
+            found.extend((home, len(item.parts)) for home, item in zip(homes or [], items, strict=homes is not None))
+            yield from super().apply(function, items, handles, homes=homes)
+
+    summed([{"w": torch.ones(3)}] * count, Weights(default=(1.0,) * count), Noting(replicas))
+    assert [sum(size for home, size in found if home == replica) for replica in range(replicas)] == sizes
+    assert len(found) <= 2 * replicas * math.log2(max(2, count))
 
 
 def test_by_key_weights_spread_names_and_weight_zero_far_away() -> None:
@@ -255,7 +285,7 @@ def test_lost_tensors_are_made_again_and_lost_sums_are_summed_again() -> None:
 
 
 def test_a_function_that_fails_in_every_replica_ends_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    def apply(self: Any, function: Any, items: Sequence[Any], handles: Any) -> Iterator[Finished]:
+    def apply(self: Any, function: Any, items: Sequence[Any], handles: Any, **how: Any) -> Iterator[Finished]:
         yield Finished(index=0, error="replica 0 died")
 
     monkeypatch.setattr(FarPool, "apply", apply)

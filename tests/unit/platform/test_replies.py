@@ -33,7 +33,7 @@ class Tampering(LocalPool):
         self.change = change
         self.twice = twice
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, **how: Any) -> Iterator[Finished]:
         for finished in super().map(name, items, shared):
             value, handle = finished.value, finished.handle
             if isinstance(value, ClientUpdate) and value.client_id == 1:

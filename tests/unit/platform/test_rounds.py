@@ -213,7 +213,7 @@ class LosingPool(LocalPool):
         self.times = times
         self.num_calls = 0
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, **how: Any) -> Iterator[Finished]:
         for finished in super().map(name, items, shared):
             self.num_calls += name == "update"
             yield finished
@@ -245,7 +245,7 @@ class LyingPool(LocalPool):
         super().__init__(PoolOptions(replicas=1))
         self.change = change
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, **how: Any) -> Iterator[Finished]:
         for finished in super().map(name, items, shared):
             yield self.change(finished) if name == "update" and items[finished.index].client_id == 1 else finished
 
@@ -313,7 +313,7 @@ def test_without_a_whole_checkpoint_a_run_does_not_start_over(make_job: Maker, r
 
 def test_an_evaluation_that_fails_names_the_model(make_job: Maker, use_method: Callable[..., None]) -> None:
     class Failing(LocalPool):
-        def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+        def map(self, name: str, items: Sequence[Any], shared: Any, **how: Any) -> Iterator[Finished]:
             if name == "evaluate":
                 yield Finished(index=1, error="no memory")
             else:

@@ -67,7 +67,7 @@ class Watched(LocalPool):
         self.begun: list[list[int]] = []
         self.groups: list[int] = []
 
-    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1) -> Iterator[Finished]:
+    def map(self, name: str, items: Sequence[Any], shared: Any, *, group: int = 1, **how: Any) -> Iterator[Finished]:
         if name != "update":
             yield from super().map(name, items, shared)
             return
