@@ -35,7 +35,8 @@ from fedgraft.data.prepared import MANIFEST_NAME, ClientRows, Manifest, RowRange
 from fedgraft.platform.config import EvaluationConfig, FederationConfig
 from fedgraft.platform.ledger import describe
 from fedgraft.platform.progress import Event
-from fedgraft.platform.rounds import RoundLoop, RunJob
+from fedgraft.platform.rounds import RoundLoop
+from fedgraft.platform.run_job import RunJob
 from fedgraft.platform.tracking import Tracker
 from fedgraft.platform.worker import WorkerSpec
 from fedgraft.protocols import TrainSpec

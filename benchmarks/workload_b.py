@@ -133,7 +133,8 @@ def run_fedgraft(folder: Path, rounds: int, *, replicas: int, cohort: int | None
     from fedgraft.actors.local import LocalPool
     from fedgraft.platform.config import EvaluationConfig, FederationConfig
     from fedgraft.platform.progress import Event
-    from fedgraft.platform.rounds import RoundLoop, RunJob
+    from fedgraft.platform.rounds import RoundLoop
+    from fedgraft.platform.run_job import RunJob
     from fedgraft.platform.tracking import Tracker
     from fedgraft.platform.worker import WorkerSpec
     from fedgraft.protocols import TrainSpec

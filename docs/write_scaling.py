@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import DeepseekV2Config, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 
 from fedgraft.platform.loading import load_config
 from fedgraft.platform.machine import MachineFacts
@@ -45,23 +45,20 @@ MODELS: dict[str, Any] = {
         moe_intermediate_size=1408,
         shared_expert_intermediate_size=5632,
     ),
-    "DeepSeek-V2-Lite (16B)": DeepseekV2Config(
+    # Its layers are those of Qwen2-MoE with one dense layer first; its two shared experts are one of twice the width.
+    "DeepSeek-MoE-16B": Qwen2MoeConfig(
         vocab_size=102400,
         hidden_size=2048,
         intermediate_size=10944,
         moe_intermediate_size=1408,
-        num_hidden_layers=27,
+        shared_expert_intermediate_size=2816,
+        num_hidden_layers=28,
         num_attention_heads=16,
         num_key_value_heads=16,
-        n_routed_experts=64,
-        n_shared_experts=2,
+        num_experts=64,
         num_experts_per_tok=6,
-        first_k_dense_replace=1,
-        kv_lora_rank=512,
-        q_lora_rank=None,
-        qk_rope_head_dim=64,
-        qk_nope_head_dim=128,
-        v_head_dim=128,
+        mlp_only_layers=[0],
+        qkv_bias=False,
     ),
     "Qwen3-235B-A22B": Qwen3MoeConfig(
         vocab_size=151936,
@@ -282,8 +279,9 @@ of which the plan counts on 30 %. GPUs of a replica are what is worked out where
 
 {models}
 
-DeepSeek-MoE-16B's own code is none of the families that fedgraft knows; DeepSeek-V2-Lite, its successor of the same size and
-experts but with latent attention, stands in for it. A rank on the host is what DeepSpeed, start values and a client's tensors
+DeepSeek-MoE-16B is planned by its layers, which are those of Qwen2-MoE with a dense one first (its two shared experts count as
+one of twice the width). Its own code comes with its weights and not with transformers, so fedgraft does not load it; it loads
+DeepSeek V2 and V3. A rank on the host is what DeepSpeed, start values and a client's tensors
 take there. A base that is sharded by ZeRO 3 is read from the node's disk once and gathered layer by layer in every pass: the
 time of that is not in the plan, so times of the 235B model are too short.
 

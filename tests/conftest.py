@@ -40,8 +40,9 @@ from fedgraft.data.config import DataConfig
 from fedgraft.data.prepare import prepare
 from fedgraft.moe.base import cache_base
 from fedgraft.platform.config import EvaluationConfig, FederationConfig
-from fedgraft.platform.rounds import RoundLoop, RunJob
+from fedgraft.platform.rounds import RoundLoop
 from fedgraft.platform.run_folder import RunFolder
+from fedgraft.platform.run_job import RunJob
 from fedgraft.platform.tracking import Tracker
 from fedgraft.platform.worker import ClientWorker, WorkerSpec
 from fedgraft.protocols import TrainSpec

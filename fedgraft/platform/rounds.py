@@ -7,40 +7,34 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from fedgraft.actors.hosting import Finished, Pool
+from fedgraft.actors.hosting import Pool
 from fedgraft.data.prepared import PreparedData
-from fedgraft.errors import CheckpointError, GroupViolation, QuorumError, RunInterrupted
+from fedgraft.errors import CheckpointError, GroupViolation, RunInterrupted
 from fedgraft.platform.checkpoint import Checkpoint, hash_state, load_latest, save
-from fedgraft.platform.config import EvaluationConfig, FederationConfig
+from fedgraft.platform.client_notes import BatchParts, Failures
 from fedgraft.platform.evaluation import Evaluator
-from fedgraft.platform.grouping import passes, split
-from fedgraft.platform.ledger import Entry, describe, entries
+from fedgraft.platform.exchange import Exchange
+from fedgraft.platform.ledger import Entry
 from fedgraft.platform.progress import Event
-from fedgraft.platform.reduction import RefusedUpdates, homes, sum_updates
-from fedgraft.platform.replies import ReplyLimits, check_reply
 from fedgraft.platform.run_folder import RunFolder
+from fedgraft.platform.run_job import RunJob
 from fedgraft.platform.sampling import sample_cohort
-from fedgraft.platform.scheduling import Schedule
 from fedgraft.platform.state_store import ClientStateStore
-from fedgraft.platform.task_checks import check_budget, check_cohort, check_task, check_weights, is_held
+from fedgraft.platform.task_checks import check_budget, check_cohort
+from fedgraft.platform.task_shapes import TaskShapes
 from fedgraft.platform.tracking import Tracker
-from fedgraft.platform.worker import WorkerSpec
-from fedgraft.protocols import Method, Reduced, merge_metrics
+from fedgraft.protocols import Method, merge_metrics
 from fedgraft.registry import METHODS
 from fedgraft.types import (
     Assignment,
     Broadcast,
-    Budget,
-    ClientFailure,
-    ClientGroup,
     ClientTask,
     ClientUpdate,
     Federation,
@@ -48,35 +42,9 @@ from fedgraft.types import (
     ParamRef,
     RoundPlan,
     ServerState,
-    TensorInfo,
 )
 
-__all__ = ["RoundLoop", "RunJob"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunJob:
-    """One run of one method: what the loop needs beside a pool.
-
-    ``purpose`` ``search`` judges on the validation split only and decodes nothing. ``start`` is a safetensors file of slot values
-    that the server begins with (``None``: the start values of the slots). ``budgets`` has one entry a client, or none.
-    """
-
-    label: str
-    purpose: Literal["run", "search"]
-    folder: Path
-    worker: WorkerSpec
-    learning_rate: float
-    rounds: int
-    num_clients: int
-    federation: FederationConfig
-    evaluation: EvaluationConfig
-    checkpoint_every: int
-    start: Path | None = None
-    budgets: tuple[Budget, ...] = ()
-
-
-_Shape: TypeAlias = tuple[tuple[str, ...], tuple[tuple[str, str], ...], tuple[str, ...], tuple[str, ...]]
+__all__ = ["RoundLoop"]
 
 
 class RoundLoop:
@@ -116,16 +84,7 @@ class RoundLoop:
         self._groups: dict[str, Group] = {}
         self._refs: dict[str, ParamRef] = {}
         self._versions: dict[int, int] = {}
-        self._failures: list[dict[str, Any]] = []
-        self._made_again: list[tuple[ClientTask, ClientUpdate]] = []
-        self._parts: dict[int, dict[int, int]] = {}
         self._until = 0
-        self._at_once = 1
-        self._shares_pass: dict[int, tuple[ClientTask, ...]] = {}
-        self._schedule = Schedule()
-        self._keys: tuple[str, ...] = ()
-        self._checked: set[_Shape] = set()
-        self._sent: dict[_Shape, tuple[TensorInfo, ...]] = {}
         self.hosting_s = 0.0
 
     def run(self, until: int | None = None) -> ServerState:
@@ -147,8 +106,7 @@ class RoundLoop:
         self._groups = facts[0]["groups"]
         self._refs = {ref.key: ref for ref in facts[0]["refs"]}
         method.federation = self._federation(facts[0])
-        self._limits = ReplyLimits.of(method.federation, job.federation.max_update_bytes)
-        self._at_once = self._clients_at_once(facts[0].get("one_by_one"))
+        at_once = self._clients_at_once(facts[0].get("one_by_one"))
         frozen = facts[0]["frozen_hash"]
         rounds = method.num_rounds(job.rounds)
         evaluator = Evaluator(
@@ -176,10 +134,9 @@ class RoundLoop:
         else:
             state, done, self._versions = checkpoint.state, checkpoint.round_idx, dict(checkpoint.versions)
             self._folder.truncate(done)
-            self._failures = list(self._folder.read_info().get("failures", []))
-            self._failures = [failure for failure in self._failures if failure["round_idx"] <= done]
-        noted: dict[str, dict[str, int]] = self._folder.read_info().get("batch_parts", {})
-        self._parts = {int(client): {int(at): parts for at, parts in rounds.items()} for client, rounds in noted.items()}
+        failures = Failures(self._folder, self._emit, job.label, done=done)
+        self._batch_parts = BatchParts(self._folder, job.worker.engine.gradient_accumulation_steps, self._note)
+        self._exchange = Exchange(job, self._pool, method, failures=failures, batch_parts=self._batch_parts, at_once=at_once)
         self._folder.write_info(
             frozen_hash_start=frozen,
             engine=job.worker.engine.model_dump(mode="json"),
@@ -198,7 +155,7 @@ class RoundLoop:
             self._check_frozen(frozen, [fact["frozen_hash"] for fact in self._pool.call("describe")])
             self._folder.write_info(frozen_hash_end=frozen)
         self._folder.sync()
-        self._folder.write_info(failures=self._failures)
+        failures.write()
         return state
 
     def _clients_at_once(self, one_by_one: str | None) -> int:
@@ -273,22 +230,18 @@ class RoundLoop:
         check_cohort(cohort, job.num_clients)
         assignments = method.assign(state, plan, cohort)
         is_last = round_idx == rounds
-        self._begin_round(state)
-        tasks = [self._task(state, plan, client_id, assignments.get(client_id), is_last=is_last) for client_id in cohort]
+        shapes = TaskShapes(state, self._refs, self._groups, method.federation)
+        tasks = [self._task(state, plan, client_id, assignments.get(client_id), shapes, is_last=is_last) for client_id in cohort]
         shared = self._pool.share(Broadcast(round_idx=round_idx, params=state.params, extras=state.extras))
-        outcomes, handles, rows = self._train(tasks, state, shared)
-        updates, reduced = self._average(state, tasks, outcomes, handles, shared)
-        for task, again in self._made_again:
-            down = (*self._describe_sent(task, state), *self._describe_requested(again, state))
-            rows += _charge(task, down, None, num_tries=1, attempt=2)
-        self._made_again.clear()
-        new_state = method.aggregate(state, reduced, updates)
+        exchanged = self._exchange.run(tasks, state, shared, shapes)
+        updates = exchanged.updates
+        new_state = method.aggregate(state, exchanged.reduced, updates)
         for update in updates:
             if update.state_version is not None:
                 self._versions[update.client_id] = update.state_version
                 if update.state_digest is not None:
                     self._store.note_digest(update.client_id, update.state_version, update.state_digest)
-        metrics = self._record(round_idx, updates, rows, time.perf_counter() - started)
+        metrics = self._record(round_idx, updates, exchanged.rows, time.perf_counter() - started)
         self._note_hashes(round_idx, new_state, updates)
         seen = method.observe_state(new_state)
         server = [{"round": round_idx, "client_id": None, "kind": kind, "values": values} for kind, values in seen.items()]
@@ -304,218 +257,31 @@ class RoundLoop:
             self._on_checkpoint()
         return new_state
 
-    def _begin_round(self, state: ServerState) -> None:
-        """Forget what was found out about the last round's tasks: most clients of a round are sent the same."""
-        self._keys = tuple(key for key in state.params if key in self._refs)
-        self._checked.clear()
-        self._sent.clear()
-
-    def _held(self, assignment: Assignment | None) -> tuple[str, ...]:
-        if assignment is None:
-            return self._keys
-        return tuple(key for key in self._keys if is_held(self._refs[key], assignment))
-
     def _task(
-        self, state: ServerState, plan: RoundPlan, client_id: int, assignment: Assignment | None, *, is_last: bool
+        self,
+        state: ServerState,
+        plan: RoundPlan,
+        client_id: int,
+        assignment: Assignment | None,
+        shapes: TaskShapes,
+        *,
+        is_last: bool,
     ) -> ClientTask:
         task = ClientTask(
             client_id=client_id,
             plan=plan,
-            keys=self._held(assignment),
+            keys=shapes.held(assignment),
             extra_keys=tuple(state.extras),
             assignment=assignment,
             budget=self._method.federation.budget(client_id),
             state_version=self._versions.get(client_id),
             hashes_frozen=is_last,
-            num_parts=self._known_parts(client_id, plan.round_idx),
+            num_parts=self._batch_parts.known(client_id, plan.round_idx),
         )
         task = self._method.task(state, task)
-        shape = _shape(task)
-        if task.assignment is not None or shape not in self._checked:
-            check_task(task, self._method.federation, state)
-            self._checked.add(shape)
+        shapes.check(task)
         check_budget(task, self._method.federation, self._method.budget_use)
         return task
-
-    def _train(
-        self, tasks: Sequence[ClientTask], state: ServerState, shared: Any
-    ) -> tuple[list[ClientUpdate | ClientFailure], list[Any], list[Entry]]:
-        """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times.
-
-        Clients that share a pass share its retry, too: what each of them gets depends on who was in it, if only by rounding.
-        """
-        sent = [self._describe_sent(task, state) for task in tasks]  # refuses before anything leaves
-        outcomes: list[ClientUpdate | ClientFailure | None] = [None] * len(tasks)
-        handles: list[Any] = [None] * len(tasks)
-        rows: list[list[Entry]] = [[] for _ in tasks]
-        left = passes(len(tasks), self._at_once)
-        # Where updates are summed in the replicas, each had best train the clients that it will sum. What is sent is as large.
-        largest = max(sum(info.num_bytes for info in each) for each in sent)
-        own = homes(len(tasks), self._pool.size) if largest > self._pool.inline_bytes else None
-        may_move = self._schedule.may_move(largest)
-        self._shares_pass = {tasks[at].client_id: tuple(tasks[i] for i in each) for each in left for at in each}
-        for attempt in range(1, self._job.federation.max_failures + 1):
-            answered: set[int] = set()
-            is_over: set[int] = set()
-            if self._pool.size > 1:
-                left = [left[place] for place in self._schedule.order([[tasks[i].client_id for i in each] for each in left])]
-            owners = None if own is None else [own[each[0]] for each in left]
-            for finished in self._map([tuple(tasks[i] for i in each) for each in left], shared, owners, may_move=may_move):
-                if finished.index in answered:
-                    for position in left[finished.index]:
-                        self._note_failure(_duplicate(tasks[position]))
-                    continue
-                answered.add(finished.index)
-                if finished.error is not None:
-                    is_over.add(finished.index)  # the pool has tried it max_failures times already
-                for position, single in zip(left[finished.index], split(finished, len(left[finished.index])), strict=True):
-                    task = tasks[position]
-                    outcome = check_reply(task, state, single, self._limits)
-                    outcomes[position] = outcome
-                    if isinstance(outcome, ClientUpdate):
-                        self._note_parts(task, outcome)
-                        self._schedule.learn(task.client_id, outcome.seconds)
-                    handles[position] = single.handle
-                    down = (*sent[position], *self._describe_requested(outcome, state))
-                    # What a client had sent in a pass that is run again was sent for nothing.
-                    rows[position] = [replace(row, is_retry=row.is_retry or row.direction == "up") for row in rows[position]]
-                    rows[position] += _charge(task, down, outcome, num_tries=single.num_tries, attempt=attempt)
-            failed = [any(isinstance(outcomes[i], ClientFailure) for i in each) for each in left]
-            left = sorted(each for index, each in enumerate(left) if failed[index] and index not in is_over)
-            if not left:
-                break
-        for last in outcomes:
-            if isinstance(last, ClientFailure):
-                self._note_failure(last)
-        # In cohort order, whoever came first: the ledger is part of what must not depend on the replicas.
-        return [last for last in outcomes if last is not None], handles, [row for each in rows for row in each]
-
-    def _map(
-        self,
-        groups: Sequence[tuple[ClientTask, ...]],
-        shared: Any,
-        owners: Sequence[int] | None = None,
-        *,
-        may_move: bool = True,
-    ) -> Iterator[Finished]:
-        """Let replicas train clients, those of a group in one pass."""
-        together = self._schedule.group([[task.client_id for task in group] for group in groups], self._pool.size)
-        how: dict[str, Any] = {"group": together, "homes": owners, "may_move": may_move}
-        if self._at_once == 1:
-            return self._pool.map("update", [task for (task,) in groups], shared, **how)
-        return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared, **how)
-
-    def _note_failure(self, failure: ClientFailure) -> None:
-        data: dict[str, Any] = {"client_id": failure.client_id, "stage": failure.stage, "error": failure.error}
-        self._failures.append(data | {"round_idx": failure.round_idx})
-        self._folder.write_info(failures=self._failures)
-        self._emit(Event(kind="failure", label=self._job.label, data=data))
-
-    def _known_parts(self, client_id: int, round_idx: int) -> int | None:
-        """How many parts this client's batches were cut into by this round: a run that goes on does what it did."""
-        known = [parts for at, parts in self._parts.get(client_id, {}).items() if at <= round_idx]
-        return max(known, default=None)
-
-    def _note_parts(self, task: ClientTask, update: ClientUpdate) -> None:
-        """Write down at once that a client ran out of memory: the parts of its batches decide its bits."""
-        before = task.num_parts or self._job.worker.engine.gradient_accumulation_steps
-        if update.num_parts == before:
-            return
-        self._parts.setdefault(task.client_id, {})[task.round_idx] = update.num_parts
-        listed = {str(client): {str(at): parts for at, parts in rounds.items()} for client, rounds in self._parts.items()}
-        self._folder.write_info(batch_parts=listed)
-        text = f"client {task.client_id} ran out of memory and cuts its batches into {update.num_parts} parts from round "
-        self._emit(Event(kind="note", label=self._job.label, data={"text": f"{text}{task.round_idx} on"}))
-
-    def _describe_sent(self, task: ClientTask, state: ServerState) -> tuple[TensorInfo, ...]:
-        """List what goes down to a client: parameters by group, extras."""
-        if task.extras:
-            return self._describe_task(task, state)
-        shape = _shape(task)
-        if shape not in self._sent:
-            self._sent[shape] = self._describe_task(task, state)
-        return self._sent[shape]
-
-    def _describe_task(self, task: ClientTask, state: ServerState) -> tuple[TensorInfo, ...]:
-        return (
-            *describe({key: state.params[task.addresses.get(key, key)] for key in task.keys}, self._groups),
-            *describe({key: state.extras[key] for key in task.extra_keys} | task.extras, {}, kind="extras"),
-        )
-
-    def _describe_requested(self, outcome: ClientUpdate | ClientFailure, state: ServerState) -> tuple[TensorInfo, ...]:
-        """List what a client asked for itself, in a second exchange of the round."""
-        if isinstance(outcome, ClientFailure) or not outcome.requested:
-            return ()
-        return describe({key: state.params[name] for key, name in outcome.requested.items()}, self._groups)
-
-    def _check_quorum(self, updates: Sequence[ClientUpdate], cohort_size: int, round_idx: int) -> None:
-        wanted = min(self._job.federation.min_clients, cohort_size)
-        if len(updates) < wanted:
-            last = self._failures[-1]
-            raise QuorumError(
-                f"round {round_idx} of {self._job.label}: {len(updates)} of {cohort_size} clients answered, "
-                f"federation.min_clients is {wanted}; client {last['client_id']} failed at {last['stage']}: {last['error']}",
-                "mend the cause or lower federation.min_clients, then resume",
-            )
-
-    def _average(
-        self,
-        state: ServerState,
-        tasks: Sequence[ClientTask],
-        outcomes: list[ClientUpdate | ClientFailure],
-        handles: list[Any],
-        shared: Any,
-    ) -> tuple[list[ClientUpdate], Reduced]:
-        """Weigh and sum what came; an update whose tensors turn out bad becomes a failure, and the rest is weighed again.
-
-        Handles are kept until the sum is whole: another pass needs them.
-        """
-        again = [0] * len(tasks)
-
-        def make_again(positions: Sequence[int]) -> Mapping[int, Any]:
-            wanted = []
-            for position in positions:
-                outcome = outcomes[position]
-                assert isinstance(outcome, ClientUpdate)
-                again[position] += 1
-                if again[position] > self._job.federation.max_failures:
-                    raise _lost(outcome)
-                wanted.append(replace(tasks[position], num_parts=outcome.num_parts))
-            return dict(zip(positions, self._make_again(wanted, shared), strict=True))
-
-        while True:
-            updates = [outcome for outcome in outcomes if isinstance(outcome, ClientUpdate)]
-            self._check_quorum(updates, len(tasks), tasks[0].round_idx)
-            weights = self._method.weigh(state, updates)
-            check_weights(weights, len(updates))
-            try:
-                return updates, sum_updates(tasks, outcomes, weights, handles, pool=self._pool, make_again=make_again)
-            except RefusedUpdates as refused:
-                for position, failure in refused.failures.items():
-                    outcomes[position] = failure
-                    self._note_failure(failure)
-
-    def _make_again(self, tasks: Sequence[ClientTask], shared: Any) -> list[Any]:
-        """Run tasks again whose updates were lost with their node or replica, in the passes that they shared: same bits.
-
-        Returns:
-            The new handles, in the order of the tasks.
-        """
-        again = {task.client_id: task for task in tasks}
-        groups = list(dict.fromkeys(tuple(each.client_id for each in self._shares_pass[client]) for client in again))
-        passes = [tuple(again.get(each.client_id, each) for each in self._shares_pass[group[0]]) for group in groups]
-        handles: dict[int, Any] = {}
-        for finished in self._map(passes, shared):
-            group = passes[finished.index]
-            for task, single in zip(group, split(finished, len(group)), strict=True):
-                if task.client_id not in again:
-                    continue
-                if single.error is not None or isinstance(single.value, ClientFailure):
-                    raise _lost(task)
-                self._made_again.append((task, single.value))
-                handles[task.client_id] = single.handle
-        self._made_again.sort(key=lambda each: each[0].client_id)
-        return [handles[task.client_id] for task in tasks]
 
     def _record(self, round_idx: int, updates: Sequence[ClientUpdate], rows: Sequence[Entry], seconds: float) -> dict[str, float]:
         """Write the round's lines and report its event; gives what tracking gets."""
@@ -582,28 +348,3 @@ def usage_entropy(tokens_LE: torch.Tensor) -> list[float]:
     shares = tokens_LE.double() / tokens_LE.sum(dim=1, keepdim=True).clamp_min(1)
     logs = torch.where(shares > 0, shares.log(), torch.zeros_like(shares))
     return [max(0.0, float(value)) if math.isfinite(float(value)) else 0.0 for value in -(shares * logs).sum(dim=1)]
-
-
-def _charge(task: ClientTask, sent: Sequence[TensorInfo], outcome: Any, *, num_tries: int, attempt: int) -> list[Entry]:
-    """Ledger rows of one task: what went down, once more for every retry, marked so, and what came up."""
-    rows: list[Entry] = []
-    for number in range(num_tries):
-        is_retry = attempt > 1 or number > 0
-        rows += entries(task.round_idx, task.client_id, "down", sent, is_retry=is_retry)
-    if isinstance(outcome, ClientUpdate):
-        rows += entries(task.round_idx, task.client_id, "up", outcome.payload)
-    return rows
-
-
-def _shape(task: ClientTask) -> _Shape:
-    """What decides about a task's names, beside what its client alone is sent or assigned."""
-    return task.keys, tuple(task.addresses.items()), task.extra_keys, task.publishes
-
-
-def _duplicate(task: ClientTask) -> ClientFailure:
-    error = "the client's reply came twice; the first one counts"
-    return ClientFailure(client_id=task.client_id, round_idx=task.round_idx, stage="reply", error=error)
-
-
-def _lost(whose: ClientTask | ClientUpdate) -> QuorumError:
-    return QuorumError(f"the update of client {whose.client_id} was lost and could not be made again", "resume the run")

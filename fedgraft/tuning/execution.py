@@ -42,8 +42,9 @@ from fedgraft.platform.plan import make_plan, this_machine
 from fedgraft.platform.progress import Event
 from fedgraft.platform.remote import RemoteFolder
 from fedgraft.platform.results import read_comparison
-from fedgraft.platform.rounds import RoundLoop, RunJob
+from fedgraft.platform.rounds import RoundLoop
 from fedgraft.platform.run_folder import RunFolder, write_json
+from fedgraft.platform.run_job import RunJob
 from fedgraft.platform.run_record import begin_record, describe_model
 from fedgraft.platform.run_tags import run_params, run_tags
 from fedgraft.platform.storage import is_disk_full, storage_error

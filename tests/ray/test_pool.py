@@ -23,12 +23,19 @@ from fedgraft.errors import ClusterError, FedgraftError, GroupViolation, Storage
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture
-def pool() -> Iterator[RayPool]:
+@pytest.fixture(scope="module")
+def lasting_pool() -> Iterator[RayPool]:
+    """Two replicas for all tests of this file: each starts in seconds."""
     made = RayPool(PoolOptions(replicas=2, max_failures=2, task_timeout_s=30.0))
-    made.host(Double)
     yield made
     made.close()
+
+
+@pytest.fixture
+def pool(lasting_pool: RayPool) -> RayPool:
+    """Whole again: what an earlier test killed is replaced here."""
+    lasting_pool.host(Double)
+    return lasting_pool
 
 
 def _run(pool: RayPool, items: list[Item], shared: int = 100) -> dict[int, Finished]:

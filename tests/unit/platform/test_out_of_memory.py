@@ -13,7 +13,8 @@ import torch
 
 from fedgraft.actors.hosting import LostResult
 from fedgraft.errors import QuorumError
-from fedgraft.platform.rounds import RoundLoop, RunJob
+from fedgraft.platform.rounds import RoundLoop
+from fedgraft.platform.run_job import RunJob
 from fedgraft.training import step
 from fedgraft.training.config import EngineConfig
 from fedgraft.types import Batch
