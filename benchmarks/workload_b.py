@@ -121,8 +121,9 @@ def run_plain(folder: Path, rounds: int) -> tuple[list[float], dict[str, Any]]:
                 optimizer.step()
             with torch.no_grad():
                 for key, parameter in slots.items():
-                    total[key] = total[key] + parameter if key in total else parameter.detach().clone()
-        params = {key: value / len(cohort) for key, value in total.items()}
+                    delta = parameter.double() - params[key].double()
+                    total[key] = total[key] + delta if key in total else delta
+        params = {key: (params[key].double() + value / len(cohort)).float() for key, value in total.items()}
         ends.append(time.time())
     return ends, params
 
