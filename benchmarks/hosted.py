@@ -9,14 +9,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import platform
 import statistics
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +22,8 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 import psutil
-import ray
 import torch
+from measuring import ray_of_its_own
 from safetensors.numpy import save_file
 
 from fedgraft.actors.hosting import Pool, PoolOptions
@@ -260,21 +258,6 @@ def run_rounds(timed: Timed, until: int) -> tuple[ServerState, list[float]]:
 def pool_of(replicas: int) -> Pool:
     """A pool of actors, or this process for 0."""
     return RayPool(PoolOptions(replicas=replicas)) if replicas else LocalPool(PoolOptions(replicas=1))
-
-
-@contextmanager
-def ray_of_its_own(num_cpus: int = 2, **more: Any) -> Iterator[None]:
-    """A Ray on this machine for a while; one that is there already is used."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, **more)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def interleaved(parts: dict[str, Callable[[], float]], repeats: int) -> dict[str, dict[str, Any]]:

@@ -6,11 +6,13 @@ Imported by the benchmarks beside it, which are run as scripts.
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 
 from fedgraft.types import Batch
 
-__all__ = ["PEAKS", "Clock", "Memory", "free", "measure_matmul", "median", "peak_of", "peak_pss", "timed"]
+__all__ = ["PEAKS", "Clock", "Memory", "free", "measure_matmul", "median", "peak_of", "peak_pss", "ray_of_its_own", "timed"]
 
 PEAKS = {  # dense bf16 FLOPs a second by the vendors' data sheets; the first name contained in the device's own is taken
     "H200": 989e12,
@@ -163,3 +165,20 @@ def _pss_of(process: psutil.Process) -> int:
         return int(process.memory_full_info().pss)
     except psutil.Error:
         return 0  # it has just ended
+
+
+@contextmanager
+def ray_of_its_own(num_cpus: int = 2, **more: Any) -> Iterator[None]:
+    """A Ray on this machine for a while; one that is there already is used."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, **more)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -130,8 +130,21 @@ def run_plain(folder: Path, rounds: int) -> tuple[list[float], dict[str, Any]]:
 
 def run_fedgraft(folder: Path, rounds: int, *, replicas: int, cohort: int | None) -> tuple[list[float], dict[str, Any]]:
     """Rounds of fedgraft; gives the times at which they ended, and the LoRA."""
-    from fedgraft.actors.hosting import Pool, PoolOptions
+    from fedgraft.actors.hosting import PoolOptions
     from fedgraft.actors.local import LocalPool
+
+    if not replicas:
+        return _run_on(LocalPool(PoolOptions(replicas=1)), folder, rounds, cohort)
+    from measuring import ray_of_its_own
+
+    from fedgraft.actors.pool import RayPool
+
+    with ray_of_its_own(replicas):
+        # Replicas start while this process imports the rest.
+        return _run_on(RayPool(PoolOptions(replicas=replicas)), folder, rounds, cohort)
+
+
+def _run_on(pool: Any, folder: Path, rounds: int, cohort: int | None) -> tuple[list[float], dict[str, Any]]:
     from fedgraft.platform.config import EvaluationConfig, FederationConfig
     from fedgraft.platform.progress import Event
     from fedgraft.platform.rounds import RoundLoop
@@ -174,21 +187,11 @@ def run_fedgraft(folder: Path, rounds: int, *, replicas: int, cohort: int | None
             if event.kind == "round":
                 ends.append(time.time())
 
-        def go(pool: Pool) -> dict[str, Any]:
-            try:
-                state = RoundLoop(job, pool, tracker=Tracker(None, "", None), emit=note, is_stopping=lambda: False).run(rounds)
-            finally:
-                pool.close()
-            return state.params
-
-        if not replicas:
-            return ends, go(LocalPool(PoolOptions(replicas=1)))
-        from hosted import ray_of_its_own
-
-        from fedgraft.actors.pool import RayPool
-
-        with ray_of_its_own(replicas):
-            return ends, go(RayPool(PoolOptions(replicas=replicas)))
+        try:
+            state = RoundLoop(job, pool, tracker=Tracker(None, "", None), emit=note, is_stopping=lambda: False).run(rounds)
+        finally:
+            pool.close()
+        return ends, state.params
 
 
 def run_part(part: str, folder: Path, rounds: int, cohort: int | None) -> dict[str, Any]:

@@ -378,7 +378,7 @@ def _outer_group(options: PoolOptions) -> Any:
 def _actor(options: PoolOptions, group: Any = None, rank: int = -1, node: str | None = None) -> Any:
     """Start a rank: in one bundle of a group (-1: any that is free), on a node if it still has room, or wherever there is."""
     threads = str(options.threads)
-    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    env = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     place: dict[str, Any] = {}
     if group is not None:
         place["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=rank)
