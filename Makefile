@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Tests use one thread each, so two processes use two cores. Those of Ray share one cluster and stay in one.
+# Tests use one thread each, so two processes use two cores; each process's tests of Ray share one cluster.
 PARALLEL ?= -n 2 --dist loadfile
+# Fills the machine's memory, so nothing may run beside it.
+ALONE := tests/ray/test_memory_monitor.py
 
 .PHONY: run test check quick ray slow clean
 .DEFAULT_GOAL := run
@@ -23,7 +25,8 @@ quick: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 ray: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "ray and not gpu"
+	$(BIN)/python -m pytest -q -m "ray and not gpu" $(PARALLEL) --ignore $(ALONE)
+	$(BIN)/python -m pytest -q -m "ray and not gpu" $(ALONE)
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not ray" $(PARALLEL)
