@@ -118,13 +118,15 @@ class Pool(Protocol):
         group: int = 1,
         homes: Sequence[int] | None = None,
         may_move: bool = True,
+        last: tuple[str, Sequence[Any]] | None = None,
     ) -> Iterator[Finished]:
         """Run ``hosted.name(item, shared value)`` for every item, wherever a replica is free, in completion order.
 
         The hosted method returns a pair: the small and the large result. Items are begun in the order given; ``group`` of them
         are sent to a replica at once, which saves the way there and back where each is short. ``homes`` names the replica,
         0 <= home < ``size``, that had best run each item, as its large result will be asked for there: it takes its own items
-        first and, once it has none left and they ``may_move``, those of others.
+        first and, once it has none left and they ``may_move``, those of others. ``last`` names another method and items for it
+        that replicas run when nothing else is left for them; they are numbered after ``items``.
         """
 
     def apply(

@@ -49,10 +49,14 @@ class LocalPool:
         group: int = 1,
         homes: Sequence[int] | None = None,
         may_move: bool = True,
+        last: tuple[str, Sequence[Any]] | None = None,
     ) -> Iterator[Finished]:
         """Run the items in order."""
-        for index, item in enumerate(items):
-            value, handle = getattr(self._hosted, name)(item, shared)
+        calls = [(name, item) for item in items]
+        if last is not None:
+            calls += [(last[0], item) for item in last[1]]
+        for index, (called, item) in enumerate(calls):
+            value, handle = getattr(self._hosted, called)(item, shared)
             yield Finished(index=index, value=value, handle=handle)
 
     def apply(

@@ -148,13 +148,18 @@ class RayPool:
         group: int = 1,
         homes: Sequence[int] | None = None,
         may_move: bool = True,
+        last: tuple[str, Sequence[Any]] | None = None,
     ) -> Iterator[Finished]:
         """Run the items on whichever replica is free; at most one call is under way on each."""
 
         def start(indices: tuple[int, ...], replica: Replica) -> tuple[list[Any], Sequence[Any]]:
+            if indices[0] >= len(items):
+                assert last is not None
+                return replica.run(last[0], [last[1][index - len(items)] for index in indices], shared.place)
             return replica.run(name, [items[index] for index in indices], shared.place)
 
-        return self._each(self._queue(len(items), group, homes, may_move), start, shared)
+        queue = self._queue(len(items), group, homes, may_move, num_last=0 if last is None else len(last[1]))
+        return self._each(queue, start, shared)
 
     def apply(
         self,
@@ -172,11 +177,11 @@ class RayPool:
 
         return self._each(self._queue(len(items), 1, homes, may_move=False), start, None)
 
-    def _queue(self, count: int, group: int, homes: Sequence[int] | None, may_move: bool) -> CallQueue:
-        """Calls on ``count`` items, ``group`` of one home together."""
+    def _queue(self, count: int, group: int, homes: Sequence[int] | None, may_move: bool, *, num_last: int = 0) -> CallQueue:
+        """Calls on ``count`` items, ``group`` of one home together, then on ``num_last`` one by one."""
         positions = sorted(self._fleet.replicas)
         named = None if homes is None else [positions[home] for home in homes]
-        return CallQueue(count, group, named, may_move=may_move)
+        return CallQueue(count, group, named, may_move=may_move, num_last=num_last)
 
     def _each(self, queue: CallQueue, start: _Start, shared: _Put | None) -> Iterator[Finished]:
         self._beats.rest_all()  # of calls that nobody waits for any more

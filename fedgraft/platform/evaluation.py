@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from fedgraft.actors.hosting import Pool
+from fedgraft.actors.hosting import Finished, Pool
 from fedgraft.errors import FedgraftError
 from fedgraft.platform.config import EvaluationConfig
 from fedgraft.platform.task_checks import check_evaluation
@@ -80,10 +80,23 @@ class Evaluator:
         Raises:
             FedgraftError: A model could not be judged.
         """
-        tasks = self._tasks(state, versions, round_idx, is_last=is_last)
+        tasks = self.tasks(state, versions, round_idx, is_last=is_last)
         shared = self._pool.share(Broadcast(round_idx=round_idx, params=state.params, extras=state.extras))
+        return self.gather(tasks, self._pool.map("evaluate", tasks, shared))
+
+    def gather(self, tasks: Sequence[EvaluationTask], results: Iterable[Finished]) -> Found:
+        """Make rows of the replicas' answers.
+
+        Args:
+            tasks: Of one round.
+            results: One a task, in any order, by the place of its task.
+
+        Raises:
+            FedgraftError: A model could not be judged.
+        """
+        round_idx = tasks[0].round_idx if tasks else 0
         replies: list[EvaluationReply | None] = [None] * len(tasks)
-        for finished in self._pool.map("evaluate", tasks, shared):
+        for finished in results:
             if finished.error is not None:
                 task = tasks[finished.index]
                 who = "the global model" if task.client_id is None else f"client {task.client_id}"
@@ -105,7 +118,8 @@ class Evaluator:
         found.summary.update(_summarise([row for row in rows if row.task != "client" or row.split == self._split]))
         return found
 
-    def _tasks(self, state: ServerState, versions: Mapping[int, int], round_idx: int, *, is_last: bool) -> list[EvaluationTask]:
+    def tasks(self, state: ServerState, versions: Mapping[int, int], round_idx: int, *, is_last: bool) -> list[EvaluationTask]:
+        """Say what is to be judged after a round, and with which private states: it does not change any more."""
         config = self._config
         metrics: tuple[str, ...] = ("nll", "token_accuracy")
         if not self._is_search and (config.generate == "always" or (config.generate == "end" and is_last)):

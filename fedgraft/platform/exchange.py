@@ -21,18 +21,22 @@ from fedgraft.platform.scheduling import Schedule
 from fedgraft.platform.task_checks import check_weights
 from fedgraft.platform.task_shapes import TaskShapes
 from fedgraft.protocols import Method, Reduced
-from fedgraft.types import ClientFailure, ClientGroup, ClientTask, ClientUpdate, ServerState, TensorInfo
+from fedgraft.types import ClientFailure, ClientGroup, ClientTask, ClientUpdate, EvaluationTask, ServerState, TensorInfo
 
 __all__ = ["Exchange", "Exchanged"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchanged:
-    """What came of it: the updates that count, in cohort order, their sums, and the rows of the ledger, in cohort order."""
+    """What came of it: the updates that count, in cohort order, their sums, and the rows of the ledger, in cohort order.
+
+    ``judged`` are the answers to what was judged beside, in any order.
+    """
 
     updates: list[ClientUpdate]
     reduced: Reduced
     rows: list[Entry]
+    judged: list[Finished]
 
 
 class Exchange:
@@ -61,7 +65,14 @@ class Exchange:
         self._shares_pass: dict[int, tuple[ClientTask, ...]] = {}
         self._made_again: list[tuple[ClientTask, ClientUpdate]] = []
 
-    def run(self, tasks: Sequence[ClientTask], state: ServerState, shared: Any, shapes: TaskShapes) -> Exchanged:
+    def run(
+        self,
+        tasks: Sequence[ClientTask],
+        state: ServerState,
+        shared: Any,
+        shapes: TaskShapes,
+        to_judge: Sequence[EvaluationTask] = (),
+    ) -> Exchanged:
         """Let the cohort train, and weigh and sum what comes.
 
         Args:
@@ -69,20 +80,29 @@ class Exchange:
             state: The server's, which the tasks were made from.
             shared: The round's broadcast, as the pool shares it.
             shapes: Describes what goes down.
+            to_judge: Models of this state and of private states that are there already, judged by replicas that have no client
+                left to train.
 
         Raises:
             QuorumError: Too few clients answered, or an update was lost too often.
             MethodError, UpdateError, ClusterError: See ``sum_updates``.
         """
-        outcomes, handles, rows = self._train(tasks, state, shared, shapes)
+        judged: list[Finished] = []
+        outcomes, handles, rows = self._train(tasks, state, shared, shapes, to_judge, judged)
         updates, reduced = self._average(state, tasks, outcomes, handles, shared)
         for task, again in self._made_again:
             rows += _charge(task, (*shapes.sent(task), *shapes.requested(again)), None, num_tries=1, attempt=2)
         self._made_again.clear()
-        return Exchanged(updates=updates, reduced=reduced, rows=rows)
+        return Exchanged(updates=updates, reduced=reduced, rows=rows, judged=judged)
 
     def _train(
-        self, tasks: Sequence[ClientTask], state: ServerState, shared: Any, shapes: TaskShapes
+        self,
+        tasks: Sequence[ClientTask],
+        state: ServerState,
+        shared: Any,
+        shapes: TaskShapes,
+        to_judge: Sequence[EvaluationTask],
+        judged: list[Finished],
     ) -> tuple[list[ClientUpdate | ClientFailure], list[Any], list[Entry]]:
         """Let the cohort train; a client whose reply is a failure is tried again, up to ``max_failures`` times.
 
@@ -104,7 +124,12 @@ class Exchange:
             if self._pool.size > 1:
                 left = [left[place] for place in self._schedule.order([[tasks[i].client_id for i in each] for each in left])]
             owners = None if own is None else [own[each[0]] for each in left]
-            for finished in self._map([tuple(tasks[i] for i in each) for each in left], shared, owners, may_move=may_move):
+            groups = [tuple(tasks[i] for i in each) for each in left]
+            beside = () if attempt > 1 else to_judge
+            for finished in self._map(groups, shared, owners, may_move=may_move, last=beside):
+                if finished.index >= len(left):
+                    judged.append(replace(finished, index=finished.index - len(left)))
+                    continue
                 if finished.index in answered:
                     for position in left[finished.index]:
                         self._failures.note(_duplicate(tasks[position]))
@@ -141,10 +166,12 @@ class Exchange:
         owners: Sequence[int] | None = None,
         *,
         may_move: bool = True,
+        last: Sequence[EvaluationTask] = (),
     ) -> Iterator[Finished]:
-        """Let replicas train clients, those of a group in one pass."""
+        """Let replicas train clients, those of a group in one pass, and then judge models."""
         together = self._schedule.group([[task.client_id for task in group] for group in groups], self._pool.size)
         how: dict[str, Any] = {"group": together, "homes": owners, "may_move": may_move}
+        how |= {"last": ("evaluate", last)} if last else {}
         if self._at_once == 1:
             return self._pool.map("update", [task for (task,) in groups], shared, **how)
         return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared, **how)

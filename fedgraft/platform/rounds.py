@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fedgraft.data.prepared import PreparedData
 from fedgraft.errors import CheckpointError, GroupViolation, RunInterrupted
 from fedgraft.platform.checkpoint import Checkpoint, hash_state, load_latest, save
 from fedgraft.platform.client_notes import BatchParts, Failures
-from fedgraft.platform.evaluation import Evaluator
+from fedgraft.platform.evaluation import Evaluator, Found
 from fedgraft.platform.exchange import Exchange
 from fedgraft.platform.ledger import Entry
 from fedgraft.platform.progress import Event
@@ -37,6 +37,7 @@ from fedgraft.types import (
     Broadcast,
     ClientTask,
     ClientUpdate,
+    EvaluationTask,
     Federation,
     Group,
     ParamRef,
@@ -45,6 +46,20 @@ from fedgraft.types import (
 )
 
 __all__ = ["RoundLoop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Waiting:
+    """A round that is over but for its models' judgement: they are judged beside the next round's training, or when it stops.
+
+    ``metrics`` are what tracking gets of the round itself. ``is_again``: an earlier process may have begun to write it down.
+    """
+
+    round_idx: int
+    tasks: list[EvaluationTask]
+    metrics: dict[str, float]
+    started: float
+    is_again: bool = False
 
 
 class RoundLoop:
@@ -85,6 +100,7 @@ class RoundLoop:
         self._refs: dict[str, ParamRef] = {}
         self._versions: dict[int, int] = {}
         self._until = 0
+        self._waiting: _Waiting | None = None
         self.hosting_s = 0.0
 
     def run(self, until: int | None = None) -> ServerState:
@@ -130,10 +146,13 @@ class RoundLoop:
             self._note_hashes(0, state, ())
             done = 0
             if rounds == 0 or (job.evaluation.at_start and job.purpose == "run"):
-                self._evaluate(evaluator, state, 0, is_last=rounds == 0)
+                tasks = evaluator.tasks(state, self._versions, 0, is_last=rounds == 0)
+                self._waiting = _Waiting(round_idx=0, tasks=tasks, metrics={}, started=time.perf_counter())
+                self._judge_what_waits(evaluator, state)
         else:
             state, done, self._versions = checkpoint.state, checkpoint.round_idx, dict(checkpoint.versions)
             self._folder.truncate(done)
+            self._judge_what_was_left(evaluator, state, done, rounds)
         failures = Failures(self._folder, self._emit, job.label, done=done)
         self._batch_parts = BatchParts(self._folder, job.worker.engine.gradient_accumulation_steps, self._note)
         self._exchange = Exchange(job, self._pool, method, failures=failures, batch_parts=self._batch_parts, at_once=at_once)
@@ -149,6 +168,7 @@ class RoundLoop:
         self._until = rounds if until is None else min(until, rounds)
         for round_idx in range(done + 1, self._until + 1):
             if self._is_stopping():
+                self._judge_what_waits(evaluator, state)
                 raise RunInterrupted(f"{job.label} stopped after round {round_idx - 1} of {rounds}", "it can be resumed")
             state = self._round(evaluator, state, round_idx, rounds)
         if self._until == rounds:
@@ -233,7 +253,10 @@ class RoundLoop:
         shapes = TaskShapes(state, self._refs, self._groups, method.federation)
         tasks = [self._task(state, plan, client_id, assignments.get(client_id), shapes, is_last=is_last) for client_id in cohort]
         shared = self._pool.share(Broadcast(round_idx=round_idx, params=state.params, extras=state.extras))
-        exchanged = self._exchange.run(tasks, state, shared, shapes)
+        waiting = self._waiting
+        exchanged = self._exchange.run(tasks, state, shared, shapes, () if waiting is None else waiting.tasks)
+        if waiting is not None:
+            self._note_judged(evaluator.gather(waiting.tasks, exchanged.judged), waiting)
         updates = exchanged.updates
         new_state = method.aggregate(state, exchanged.reduced, updates)
         for update in updates:
@@ -246,10 +269,19 @@ class RoundLoop:
         seen = method.observe_state(new_state)
         server = [{"round": round_idx, "client_id": None, "kind": kind, "values": values} for kind, values in seen.items()]
         self._folder.append("diagnostics", server)
-        if round_idx % job.evaluation.every == 0 or round_idx == rounds:
-            metrics |= self._evaluate(evaluator, new_state, round_idx, is_last=round_idx == rounds)
-        # Before the checkpoint: after a kill between the two the round is run again, and tracking knows its steps.
-        self._tracker.log_round(round_idx, metrics)
+        if self._is_judged(round_idx, rounds):
+            found = _Waiting(
+                round_idx=round_idx,
+                tasks=evaluator.tasks(new_state, self._versions, round_idx, is_last=is_last),
+                metrics=metrics,
+                started=time.perf_counter(),
+            )
+            self._waiting = found
+            if self._pool.size == 1 or round_idx == self._until:
+                self._judge_what_waits(evaluator, new_state)
+        else:
+            # Before the checkpoint: after a kill between the two the round is run again, and tracking knows its steps.
+            self._tracker.log_round(round_idx, metrics)
         if round_idx % job.checkpoint_every == 0 or round_idx == self._until:
             self._folder.sync()
             checkpoint = Checkpoint(round_idx=round_idx, state=new_state, versions=self._versions)
@@ -322,17 +354,40 @@ class RoundLoop:
         private = {str(update.client_id): update.state_hash for update in updates if update.state_hash is not None}
         self._folder.append("hashes", [{"round": round_idx, "server": hash_state(state), "private": private}])
 
-    def _evaluate(self, evaluator: Evaluator, state: ServerState, round_idx: int, *, is_last: bool) -> dict[str, float]:
-        started = time.perf_counter()
-        found = evaluator.judge(state, self._versions, round_idx, is_last=is_last)
+    def _is_judged(self, round_idx: int, rounds: int) -> bool:
+        return round_idx % self._job.evaluation.every == 0 or round_idx == rounds
+
+    def _judge_what_waits(self, evaluator: Evaluator, state: ServerState) -> None:
+        """Judge the models of the last round now, if they are not yet."""
+        waiting = self._waiting
+        if waiting is not None:
+            shared = self._pool.share(Broadcast(round_idx=waiting.round_idx, params=state.params, extras=state.extras))
+            self._note_judged(evaluator.gather(waiting.tasks, self._pool.map("evaluate", waiting.tasks, shared)), waiting)
+
+    def _judge_what_was_left(self, evaluator: Evaluator, state: ServerState, done: int, rounds: int) -> None:
+        """Judge the models of the round that a run goes on from, where it ended between checkpoint and judgement."""
+        if (
+            done == 0
+            or not self._is_judged(done, rounds)
+            or any(row["round"] == done for row in self._folder.rows("evaluations"))
+        ):
+            return
+        (line,) = (row for row in self._folder.rows("metrics") if row["round"] == done)
+        metrics = {name: float(line[name]) for name in ("train_loss", "bytes_up", "bytes_down", "seconds")}
+        tasks = evaluator.tasks(state, self._versions, done, is_last=done == rounds)
+        self._waiting = _Waiting(round_idx=done, tasks=tasks, metrics=metrics, started=time.perf_counter(), is_again=True)
+        self._judge_what_waits(evaluator, state)
+
+    def _note_judged(self, found: Found, waiting: _Waiting) -> None:
+        """Write down and tell what was judged. The rows come last: they say that nothing of it is missing."""
+        round_idx, summary = waiting.round_idx, {f"eval.{name}": value for name, value in found.summary.items()}
+        self._tracker.log_round(round_idx, waiting.metrics | summary)
+        known = [row for row in self._folder.rows("diagnostics") if row["round"] == round_idx] if waiting.is_again else []
+        self._folder.append("diagnostics", [row for row in found.diagnostics if row not in known])
         self._folder.append("evaluations", found.rows)
-        self._folder.append("diagnostics", found.diagnostics)
-        summary = found.summary
-        data: dict[str, object] = {"round": round_idx, "seconds": time.perf_counter() - started, **summary}
+        data: dict[str, object] = {"round": round_idx, "seconds": time.perf_counter() - waiting.started, **found.summary}
         self._emit(Event(kind="evaluation", label=self._job.label, data=data))
-        if round_idx == 0:
-            self._tracker.log_round(0, {f"eval.{name}": value for name, value in summary.items()})
-        return {f"eval.{name}": value for name, value in summary.items()}
+        self._waiting = None
 
     def _check_frozen(self, expected: str, found: Sequence[str]) -> None:
         if any(value != expected for value in found):

@@ -15,7 +15,7 @@ clients/             private state of clients; see ``state_store``
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,12 @@ class RunFolder:
         if text or not path.exists():  # a record without lines says that there were none; without a file a run is not complete
             append_text(path, text)
             self._unsynced.add(path)
+
+    def rows(self, record: str) -> Iterator[dict[str, Any]]:
+        """Give the lines of one of ``RECORDS``; after ``truncate`` none of them is torn."""
+        path = self.path / f"{record}.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            yield json.loads(line)
 
     def sync(self) -> None:
         """Flush the lines added since the last call to disk: before a checkpoint, which is all that a run goes on from.

@@ -281,6 +281,16 @@ def test_a_lost_result_is_named_by_its_place_and_nothing_is_tried_again(pool: Ra
     assert pool.call("pid") == before, "no replica is to blame"
 
 
+def test_other_calls_come_last_and_are_numbered_on(pool: RayPool) -> None:
+    items = [Item(number=n) for n in range(3)]
+    last = ("tensors", [Item(number=5), Item(number=6, act="raise")])
+    found = {done.index: done for done in pool.map("work", items, pool.share(torch.ones(3)), group=2, last=last)}
+    assert sorted(found) == list(range(5))
+    assert [float(found[n].value[0]) for n in range(3)] == [1.0, 2.0, 3.0]
+    assert [float(pool.fetch(found[n].handle)["w"][0]) for n in (3, 4)] == [6.0, 7.0]
+    assert found[3].value in pool.call("pid")
+
+
 def test_items_that_go_together_are_answered_one_by_one(pool: RayPool) -> None:
     found = {done.index: done for done in pool.map("work", [Item(number=n) for n in range(7)], pool.share(100), group=3)}
     assert {index: done.value for index, done in found.items()} == {n: n + 100 for n in range(7)}

@@ -34,3 +34,14 @@ def test_what_failed_comes_before_all_others_each_by_itself() -> None:
     assert queue.take(0, {0, 1}) == (0, 1)
     queue.put_back((0, 1))
     assert [queue.take(0, {0, 1}) for _ in range(3)] == [(0,), (1,), (2, 3)]
+
+
+def test_what_comes_last_is_begun_by_who_finds_nothing_else_to_do() -> None:
+    queue = CallQueue(3, 2, [7, 9, 9], num_last=2)
+    assert queue.count == 5
+    assert [queue.take(7, {7, 9}) for _ in range(4)] == [(0,), (1, 2), (3,), (4,)]
+    assert not queue
+    strict = CallQueue(2, 1, [9, 9], may_move=False, num_last=1)
+    assert [strict.take(7, {7, 9}) for _ in range(2)] == [(2,), None]
+    strict.put_back((2,))
+    assert strict.take(9, {7, 9}) == (2,)
