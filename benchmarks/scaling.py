@@ -4,8 +4,8 @@
 
 Runs FedAvg on the bundled model with a driver actor and two replicas, at two cohorts and two sizes of what clients send. Bytes
 come from the run's ledger. Times are CPU seconds of processes, which other work on the machine does not lengthen much: of the
-driver, and of the replicas together, a round, without the first one. The plan is given a speed that was measured in CPU seconds,
-too.
+driver, and of the replicas together, a round, without the first one. The plan is given speeds that were measured in CPU
+seconds, too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def measure(folder: Path, cohort: int, rank: int) -> dict[str, Any]:
             f"output={{folder: {folder}, report: false}}",
         ],
     )
-    plan = make_plan(config, this_machine(cpu_speed(64, 64)))
+    plan = make_plan(config, this_machine(cpu_speed(64, 64), op_seconds()))
     (method,) = plan.methods
     taken: list[dict[str, float]] = []
 
@@ -135,6 +135,16 @@ def cpu_speed(hidden: int, expert: int, seconds: float = 1.0) -> float:
         torch.mm(left, right)
         count += 1
     return count * 2.0 * rows * hidden * 2 * expert / (time.process_time() - started)
+
+
+def op_seconds(seconds: float = 0.1) -> float:
+    """CPU seconds of a product of next to nothing; as ``fedgraft.platform.machine.measure_op`` by the clock."""
+    small = torch.ones(8, 8)
+    count, started = 0, time.process_time()
+    while time.process_time() - started < seconds:
+        torch.mm(small, small)
+        count += 1
+    return (time.process_time() - started) / count
 
 
 def hash_speed(gigabytes: float = 1.0) -> float:

@@ -10,14 +10,15 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["MachineFacts", "free_memory", "gpu_memory", "measure_speed", "usable_cores"]
+__all__ = ["MachineFacts", "free_memory", "gpu_memory", "measure_op", "measure_speed", "usable_cores"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachineFacts:
     """What one node offers: cores and free memory of the container, GPUs, and a measured speed in FLOPs a second.
 
-    ``gpu_bytes`` is the memory of the smallest GPU, ``None`` where none is seen.
+    ``gpu_bytes`` is the memory of the smallest GPU, ``None`` where none is seen. ``op_seconds`` is what a product takes whose
+    work is nothing: what a call costs.
     """
 
     cores: int
@@ -25,6 +26,7 @@ class MachineFacts:
     gpus: int
     speed: float
     gpu_bytes: int | None = None
+    op_seconds: float = 0.0
 
 
 def usable_cores() -> int:
@@ -71,6 +73,17 @@ def measure_speed(hidden: int, expert: int, threads: int, seconds: float = 0.2) 
     finally:
         torch.set_num_threads(before)
     return max(1, count) * 2.0 * rows * hidden * 2 * expert / took
+
+
+def measure_op(seconds: float = 0.02) -> float:
+    """Measure the seconds of a product of next to nothing: what PyTorch takes to begin and end one."""
+    small = torch.ones(8, 8)
+    torch.mm(small, small)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        torch.mm(small, small)
+        count += 1
+    return (time.perf_counter() - started) / max(1, count)
 
 
 def _read_words(path: Path) -> list[str]:

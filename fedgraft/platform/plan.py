@@ -26,7 +26,7 @@ from fedgraft.platform.budgets import distribution_text
 from fedgraft.platform.config import RunConfig
 from fedgraft.platform.fitting import Need, is_cluster, need_of, num_replicas, refusal_of
 from fedgraft.platform.loading import dump_config
-from fedgraft.platform.machine import MachineFacts, free_memory, gpu_memory, measure_speed, usable_cores
+from fedgraft.platform.machine import MachineFacts, free_memory, gpu_memory, measure_op, measure_speed, usable_cores
 from fedgraft.platform.memory import RankMemory
 from fedgraft.platform.memory_view import memory_view
 from fedgraft.platform.model_sizes import ModelPlan, SlotCount, SlotSizes, read_hf_config, size_model, size_slots
@@ -54,6 +54,12 @@ __all__ = [
 _MOST_AT_ONCE = 16  # beyond it a pass on a CPU gains nothing more (benchmarks/cohort.py)
 _EFFICIENCY = 0.3
 """Share of a plain product's speed that training reaches: attention, routing and optimiser are not products of this size."""
+
+_OPS_A_STEP, _OPS_A_LAYER, _OPS_A_JUDGED_LAYER = 80, 440, 110
+"""Operations of a local step, beside those of its layers, and of a layer, forward and backward, and forward only: counted for
+Qwen2-MoE with LoRA on attention, 2 and 4 layers, 4 and 16 experts."""
+_CALLS_AN_OP = 6
+"""An operation inside a model costs so many small products, for Python and autograd around it: 20 us beside 3 us where counted."""
 
 _SHOWN_GROUPS = ("shared", "assigned", "private")
 
@@ -292,14 +298,15 @@ def settle(config: RunConfig, machine: MachineFacts | None = None) -> RunConfig:
             return settled
 
 
-def this_machine(speed: float = 1.0) -> MachineFacts:
-    """What this machine offers; its speed, in FLOPs a second, is taken as given: measuring it takes a while."""
+def this_machine(speed: float = 1.0, op_seconds: float = 0.0) -> MachineFacts:
+    """What this machine offers; its speeds, in FLOPs a second and seconds a call, are taken as given: measuring takes a while."""
     return MachineFacts(
         cores=usable_cores(),
         memory_bytes=free_memory(),
         gpus=torch.cuda.device_count(),
         gpu_bytes=gpu_memory(),
         speed=speed,
+        op_seconds=op_seconds,
     )
 
 
@@ -315,7 +322,7 @@ def _refuse(config: RunConfig, method: Method, hf_config: Any, facts: ModelFacts
 
 
 def _measured_machine(config: RunConfig, facts: ModelFacts) -> MachineFacts:
-    return this_machine(measure_speed(facts.hidden_size, facts.expert_size, config.executor.threads))
+    return this_machine(measure_speed(facts.hidden_size, facts.expert_size, config.executor.threads), measure_op())
 
 
 def _method_plan(
@@ -351,7 +358,13 @@ def _method_plan(
         )
         flops += judged * tokens * flops_per_token(active, slots.active, own=slots.active_own, is_training=False)
         ranks = min(replicas * config.engine.world_size, max(1, machine.cores // config.executor.threads))
-        seconds = flops / (machine.speed * _EFFICIENCY * ranks)
+        products = flops / (machine.speed * _EFFICIENCY * ranks)
+        at_once = config.engine.clients_at_once
+        calls = steps / (at_once if isinstance(at_once, int) else 1) * (_OPS_A_STEP + _OPS_A_LAYER * len(model.facts.layers))
+        calls += judged / config.evaluation.batch_size * _OPS_A_JUDGED_LAYER * len(model.facts.layers)
+        calling = calls * _CALLS_AN_OP * machine.op_seconds / ranks
+        # A GPU multiplies while the next calls are made.
+        seconds = max(products, calling) if machine.gpus else products + calling
     return MethodPlan(
         label=label,
         method=method.name,

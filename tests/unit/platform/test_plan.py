@@ -135,6 +135,20 @@ def test_rounds_seeds_cohorts_and_the_search_all_count(folder: Path) -> None:
     assert large.run_bytes == one.run_bytes, "no more than all clients take part"
 
 
+def test_calls_cost_time_where_products_are_small(folder: Path) -> None:
+    options = ("{name: fedavg, adapter: {rank: 1}}", "rate_search=null", "evaluation.every=6")
+    plain = method_of(folder, *options).seconds
+    layers = len(plan_of(folder, "method.name=base").model.facts.layers)
+    steps, judged = 6 * 5 * 8, 5 * 10 * 2
+    training, judging = 6 * steps * (80 + 440 * layers), 6 * judged / 32 * 110 * layers
+    slow = replace(MACHINE, op_seconds=1e-3)
+    assert plain is not None
+    assert method_of(folder, *options, machine=slow).seconds == pytest.approx(plain + (training + judging) * 1e-3 / 4)
+    # Four clients in one pass make a quarter of the calls.
+    four = method_of(folder, *options, "engine.clients_at_once=4", "executor.replicas=1", machine=slow)
+    assert four.seconds == pytest.approx(plain * 4 + (training / 4 + judging) * 1e-3)
+
+
 def test_time_follows_from_flops_and_speed(folder: Path) -> None:
     quick = "evaluation.every=6"
     one = method_of(folder, "{name: fedavg, adapter: {rank: 1}}", "rate_search=null", quick)
