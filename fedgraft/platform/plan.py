@@ -59,7 +59,7 @@ _OPS_A_STEP, _OPS_A_LAYER, _OPS_A_JUDGED_LAYER = 80, 440, 110
 """Operations of a local step, beside those of its layers, and of a layer, forward and backward, and forward only: counted for
 Qwen2-MoE with LoRA on attention, 2 and 4 layers, 4 and 16 experts."""
 _CALLS_AN_OP = 6
-"""An operation inside a model costs so many small products, for Python and autograd around it: 20 us beside 3 us where counted."""
+"""An operation inside a model costs so many small products, for Python and autograd around it: 20 us beside 3 us where seen."""
 
 _SHOWN_GROUPS = ("shared", "assigned", "private")
 
