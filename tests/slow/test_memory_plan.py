@@ -34,11 +34,10 @@ LARGER = {
     ("sizes", "method", "dtype", "rows", "length"),
     [
         (SMALL, "fedavg", "float32", 16, 256),
-        (SMALL, "flex", "bfloat16", 16, 256),
+        (SMALL, "flex", "bfloat16", 4, 256),
         (LARGER, "flex", "float32", 8, 128),
-        (LARGER, "fedavg", "bfloat16", 8, 128),
     ],
-    ids=["small-fedavg", "small-flex-bf16", "larger-flex", "larger-fedavg-bf16"],
+    ids=["small-fedavg", "small-flex-bf16", "larger-flex"],
 )
 def test_the_plan_is_near_what_is_measured(sizes: dict[str, int], method: str, dtype: str, rows: int, length: int) -> None:
     probe = Path(__file__).with_name("memory_probe.py")
