@@ -20,7 +20,8 @@ from fedgraft.platform.progress import Event
 
 pytestmark = pytest.mark.ray
 
-_TIMES = {"seconds", "client_seconds", "started_at", "run_id", "mlflow_run_id"}
+_NOT_COMPARED = {"seconds", "client_seconds", "bytes_retried", "started_at", "run_id", "mlflow_run_id"}
+"""Times, names, and what faults cost."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def make_config(
 
 
 def _fingerprint(folder: Path) -> dict[str, Any]:
-    """What must not depend on who did the work: tensors by hash, records without times."""
+    """What must not depend on who did the work: tensors by hash, records without times and retries."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("*/seed-*/**/*")):
         name = str(path.relative_to(folder))
@@ -68,7 +69,7 @@ def _fingerprint(folder: Path) -> dict[str, Any]:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
-            kept = [{key: value for key, value in row.items() if key not in _TIMES} for row in rows]
+            kept = [{key: value for key, value in row.items() if key not in _NOT_COMPARED} for row in rows]
             if path.stem == "ledger":
                 kept = [row for row in kept if not row["is_retry"]]
             found[name] = kept

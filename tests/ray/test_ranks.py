@@ -25,19 +25,12 @@ from fedgraft.platform.state_store import ClientStateStore
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def lasting_pool() -> Iterator[RayPool]:
-    """Four processes for all tests of this file: they start in seconds."""
+@pytest.fixture
+def pool() -> Iterator[RayPool]:
     made = RayPool(PoolOptions(replicas=2, ranks=2, max_failures=2, task_timeout_s=30.0, rank_grace_s=2.0))
+    made.host(Double)
     yield made
     made.close()
-
-
-@pytest.fixture
-def pool(lasting_pool: RayPool) -> RayPool:
-    """Whole again: what an earlier test killed is replaced here."""
-    lasting_pool.host(Double)
-    return lasting_pool
 
 
 def _run(pool: RayPool, items: list[Item]) -> dict[int, Finished]:
