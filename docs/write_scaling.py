@@ -324,8 +324,8 @@ of three rounds; the plan was given a speed measured in CPU seconds.
 {measured}
 
 - Bytes are equal, since both count the same tensors.
-- Replicas took {low:.1f} to {high:.1f} times what the plan says of training; `--dry-run` promises a factor of three. With hidden 64
-  a step is mostly Python: the plan counts products and calls (by products alone it said a fourth to a seventh of what was
+- Replicas took {low:.1f} to {high:.1f} times what the plan says of training; `--dry-run` promises a factor of three. At hidden
+  64 a step is mostly Python: the plan counts products and calls (by products alone it said a fourth to a seventh of what was
   taken). Calls are not counted for the nodes above, whose GPUs multiply while they are made.
 - The driver took {per_client:.1f} ms a client; what comes up made no difference that could be seen ({per_mb:+.1f} ms a MB, by
   least squares over four rows): its tensors are summed in the replicas. So bytes cost the driver nothing above, which holds
