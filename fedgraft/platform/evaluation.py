@@ -74,14 +74,17 @@ class Evaluator:
         self._has_shared = any(group.is_sent for group in groups.values())
         self._split: Split = "validation" if is_search else "test"
 
-    def judge(self, state: ServerState, versions: Mapping[int, int], round_idx: int, *, is_last: bool) -> Found:
-        """Judge all models after a round.
+    def judge(self, tasks: Sequence[EvaluationTask], state: ServerState) -> Found:
+        """Judge models now.
+
+        Args:
+            tasks: What ``tasks`` gave, at least one.
+            state: The server's that they were made for.
 
         Raises:
             FedgraftError: A model could not be judged.
         """
-        tasks = self.tasks(state, versions, round_idx, is_last=is_last)
-        shared = self._pool.share(Broadcast(round_idx=round_idx, params=state.params, extras=state.extras))
+        shared = self._pool.share(Broadcast(round_idx=tasks[0].round_idx, params=state.params, extras=state.extras))
         return self.gather(tasks, self._pool.map("evaluate", tasks, shared))
 
     def gather(self, tasks: Sequence[EvaluationTask], results: Iterable[Finished]) -> Found:

@@ -170,8 +170,8 @@ class Exchange:
     ) -> Iterator[Finished]:
         """Let replicas train clients, those of a group in one pass, and then judge models."""
         together = self._schedule.group([[task.client_id for task in group] for group in groups], self._pool.size)
-        how: dict[str, Any] = {"group": together, "homes": owners, "may_move": may_move}
-        how |= {"last": ("evaluate", last)} if last else {}
+        beside = ("evaluate", last) if last else None
+        how: dict[str, Any] = {"group": together, "homes": owners, "may_move": may_move, "last": beside}
         if self._at_once == 1:
             return self._pool.map("update", [task for (task,) in groups], shared, **how)
         return self._pool.map("update_many", [ClientGroup(tasks=group) for group in groups], shared, **how)

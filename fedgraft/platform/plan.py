@@ -55,7 +55,7 @@ _MOST_AT_ONCE = 16  # beyond it a pass on a CPU gains nothing more (benchmarks/c
 _EFFICIENCY = 0.3
 """Share of a plain product's speed that training reaches: attention, routing and optimiser are not products of this size."""
 
-_OPS_A_STEP, _OPS_A_LAYER, _OPS_A_JUDGED_LAYER = 80, 440, 110
+_OPS_A_STEP, _OPS_A_LAYER, _OPS_A_JUDGED_LAYER = 80, 440, 144
 """Operations of a local step, beside those of its layers, and of a layer, forward and backward, and forward only: counted for
 Qwen2-MoE with LoRA on attention, 2 and 4 layers, 4 and 16 experts."""
 _CALLS_AN_OP = 6

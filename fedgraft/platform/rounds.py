@@ -270,13 +270,12 @@ class RoundLoop:
         server = [{"round": round_idx, "client_id": None, "kind": kind, "values": values} for kind, values in seen.items()]
         self._folder.append("diagnostics", server)
         if self._is_judged(round_idx, rounds):
-            found = _Waiting(
+            self._waiting = _Waiting(
                 round_idx=round_idx,
                 tasks=evaluator.tasks(new_state, self._versions, round_idx, is_last=is_last),
                 metrics=metrics,
                 started=time.perf_counter(),
             )
-            self._waiting = found
             if self._pool.size == 1 or round_idx == self._until:
                 self._judge_what_waits(evaluator, new_state)
         else:
@@ -361,8 +360,7 @@ class RoundLoop:
         """Judge the models of the last round now, if they are not yet."""
         waiting = self._waiting
         if waiting is not None:
-            shared = self._pool.share(Broadcast(round_idx=waiting.round_idx, params=state.params, extras=state.extras))
-            self._note_judged(evaluator.gather(waiting.tasks, self._pool.map("evaluate", waiting.tasks, shared)), waiting)
+            self._note_judged(evaluator.judge(waiting.tasks, state), waiting)
 
     def _judge_what_was_left(self, evaluator: Evaluator, state: ServerState, done: int, rounds: int) -> None:
         """Judge the models of the round that a run goes on from, where it ended between checkpoint and judgement."""

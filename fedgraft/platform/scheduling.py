@@ -50,7 +50,7 @@ class Schedule:
     def may_move(self, num_bytes: int) -> bool:
         """Whether a client had rather run elsewhere than wait for the replica that is to sum what it sends, ``num_bytes``.
 
-        Not where it takes less than its update takes on the way; so before anything is known.
+        It had not where clients take less, in the mean, than such an update takes on the way. While nothing is known it had.
         """
         return not self._seconds or sum(self._seconds.values()) / len(self._seconds) > _MOVE_S_A_BYTE * num_bytes
 

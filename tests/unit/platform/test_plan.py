@@ -140,7 +140,7 @@ def test_calls_cost_time_where_products_are_small(folder: Path) -> None:
     plain = method_of(folder, *options).seconds
     layers = len(plan_of(folder, "method.name=base").model.facts.layers)
     steps, judged = 6 * 5 * 8, 5 * 10 * 2
-    training, judging = 6 * steps * (80 + 440 * layers), 6 * judged / 32 * 110 * layers
+    training, judging = 6 * steps * (80 + 440 * layers), 6 * judged / 32 * 144 * layers
     slow = replace(MACHINE, op_seconds=1e-3)
     assert plain is not None
     assert method_of(folder, *options, machine=slow).seconds == pytest.approx(plain + (training + judging) * 1e-3 / 4)

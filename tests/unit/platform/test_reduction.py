@@ -197,7 +197,7 @@ def test_each_replica_sums_one_stretch_of_the_cohort_in_few_blocks(count: int, r
     assert set(shares) <= set(range(replicas))
     sizes = [shares.count(home) for home in range(replicas)]
     if count >= 8 * replicas:
-        # Units of at most half of an even share of a quarter more: nobody has more than its share and one of them.
+        # Stretches are cut at multiples of a unit of at most half an even share.
         assert max(sizes) <= count / replicas * 1.5
         assert min(sizes) > 0
     found: list[tuple[int, int]] = []
